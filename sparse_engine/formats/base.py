@@ -1,0 +1,147 @@
+"""What a packed format is: neutral tensors for one pruned linear, and how to make, check and unpack them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_engine.errors import CheckpointError, InputError
+from sparse_engine.mask import Mask
+from sparse_engine.pattern import SparsityPattern
+
+__all__ = ["VALUE_DTYPES", "Format", "PackedWeight", "TensorSpec", "pack_bits", "unpack_bits"]
+
+VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Types that packed values may have."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Shape and type that one tensor of a packed weight must have."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedWeight:
+    """One pruned (rows, columns) weight in a neutral, serialisable form; kernel layouts derive from it and are never serialised.
+
+    ``tensors`` maps the names that a checkpoint appends to the linear's name ("values", "bitmask", ...) to tensors.
+    """
+
+    format: str
+    version: int
+    pattern: SparsityPattern
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    @property
+    def dense_nbytes(self) -> int:
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+
+    @property
+    def nnz(self) -> int:
+        """Number of stored values (kept slots that hold a zero count)."""
+        return self.tensors["values"].numel()
+
+    def to(self, device: torch.device | str) -> PackedWeight:
+        moved = {name: t.to(device) for name, t in self.tensors.items()}
+        return PackedWeight(self.format, self.version, self.pattern, self.shape, self.dtype, moved)
+
+
+class Format(ABC):
+    """A packed form. One file in this package defines one format and registers an instance of it."""
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+
+    @abstractmethod
+    def accepts(self, pattern: SparsityPattern) -> bool:
+        """Whether masks of ``pattern`` are packed in this form."""
+
+    @abstractmethod
+    def specs(self, shape: tuple[int, int], pattern: SparsityPattern, dtype: torch.dtype, nnz: int | None = None) -> dict[str, TensorSpec]:
+        """Tensors of a packed (rows, columns) weight, known before anything is allocated.
+
+        ``nnz`` (stored values) is needed where the pattern alone does not give it.
+        """
+
+    @abstractmethod
+    def _pack(self, weight: Tensor, mask: Mask) -> dict[str, Tensor]: ...
+
+    @abstractmethod
+    def _check_bits(self, packed: PackedWeight, keep: Tensor) -> str | None:
+        """What contradicts the kept positions ``keep`` (rows, columns), or None."""
+
+    def pack(self, weight: Tensor, mask: Mask, name: str = "weight") -> PackedWeight:
+        """Pack a (rows, columns) ``weight``; the entries that ``mask`` removes are dropped and -0.0 becomes 0.0.
+
+        Raises:
+            InputError: shapes differ, the type is not a packed one, the pattern is another format's, or a kept value is NaN or infinite.
+        """
+        if not self.accepts(mask.pattern):
+            raise InputError(f"{name}: format {self.name} does not pack {mask.pattern}")
+        if tuple(weight.shape) != mask.shape:
+            raise InputError(f"{name}: weight is {tuple(weight.shape)} but its mask is {mask.shape}")
+        if weight.dtype not in VALUE_DTYPES:
+            raise InputError(f"{name}: cannot pack {weight.dtype}; convert to one of {', '.join(str(d).removeprefix('torch.') for d in VALUE_DTYPES)}")
+        clean = mask.apply(weight)
+        if not bool(torch.isfinite(clean).all()):
+            raise InputError(f"{name} holds NaN or infinite values; a packed model needs finite weights")
+        return PackedWeight(self.name, self.version, mask.pattern, mask.shape, weight.dtype, self._pack(clean, mask))
+
+    def check(self, packed: PackedWeight, name: str = "weight") -> None:
+        """Validate tensors that came from outside, so that kernels may trust them.
+
+        Raises:
+            CheckpointError: a tensor is missing, has another shape or type, or the bitmask contradicts the pattern or the values.
+        """
+        specs = self.specs(packed.shape, packed.pattern, packed.dtype, packed.nnz if "values" in packed.tensors else None)
+        if missing := specs.keys() - packed.tensors.keys():
+            raise CheckpointError(f"{name}: tensor {name}.{min(missing)} is missing from the checkpoint")
+        for key, spec in specs.items():
+            tensor = packed.tensors[key]
+            if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
+                raise CheckpointError(f"{name}.{key} is {tensor.dtype} {tuple(tensor.shape)}, expected {spec.dtype} {spec.shape}")
+        if problem := self._check_bits(packed, unpack_bits(packed.tensors["bitmask"], packed.shape[1])):
+            raise CheckpointError(f"{name}: {problem}")
+
+    def keep(self, packed: PackedWeight) -> Tensor:
+        """Bool (rows, columns), True at the stored positions."""
+        return unpack_bits(packed.tensors["bitmask"], packed.shape[1])
+
+    def unpack(self, packed: PackedWeight) -> Tensor:
+        """The masked dense (rows, columns) weight, bit for bit what ``Mask.apply`` gave."""
+        dense = torch.zeros(packed.shape, dtype=packed.dtype, device=packed.tensors["values"].device)
+        return dense.masked_scatter_(self.keep(packed), packed.tensors["values"])
+
+    def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+        """The reference product x (..., columns) by Wᵀ: unpack, then a dense linear. Every kernel is checked against it."""
+        return F.linear(x, self.unpack(packed), bias)
+
+
+def pack_bits(keep: Tensor) -> Tensor:
+    """Bool (rows, columns) to uint8 (rows, ceil(columns / 8)); bit j of byte b is column 8b + j."""
+    rows, columns = keep.shape
+    padded = F.pad(keep, (0, -columns % 8)).view(rows, -1, 8)
+    weights = torch.tensor([1 << j for j in range(8)], dtype=torch.uint8, device=keep.device)
+    return (padded.to(torch.uint8) * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(bitmask: Tensor, columns: int) -> Tensor:
+    """Inverse of :func:`pack_bits`: uint8 (rows, ceil(columns / 8)) to bool (rows, columns)."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bitmask.device)
+    bits = (bitmask.unsqueeze(-1) >> shifts) & 1
+    return bits.flatten(1)[:, :columns].bool()
