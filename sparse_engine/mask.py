@@ -39,7 +39,8 @@ class Mask:
         kept = self.keep.view(rows, columns // m, m).sum(-1, dtype=torch.int32)
         if bool((kept != n).any()):
             row, group = (int(i) for i in torch.nonzero(kept != n)[0])
-            raise InputError(f"mask keeps {int(kept[row, group])} weights in row {row}, columns {group * m} to {group * m + m - 1}, where {self.pattern} keeps {n}")
+            columns_named = f"row {row}, columns {group * m} to {group * m + m - 1}"
+            raise InputError(f"mask keeps {int(kept[row, group])} weights in {columns_named}, where {self.pattern} keeps {n}")
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from torch import Tensor
 __all__ = ["NAMESPACE", "define_linear", "linear_fake"]
 
 NAMESPACE = "sparse_engine"
-_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 
 PACKED_ARGUMENTS = "Tensor x, Tensor values, Tensor bitmask, Tensor? row_offsets, Tensor? bias, int n, int m"
 """Arguments of an operator that reads the packed tensors in place; n = m = 0 for an unstructured weight."""
@@ -25,11 +25,19 @@ def linear_fake(x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor 
     return x.new_empty((*x.shape[:-1], bitmask.shape[0]))
 
 
-def define_linear(name: str, impl: Callable[..., Tensor], keys: tuple[str, ...], *, arguments: str = PACKED_ARGUMENTS, fake: Callable[..., Tensor] = linear_fake, **options: Any) -> Callable[..., Tensor]:
+def define_linear(
+    name: str,
+    impl: Callable[..., Tensor],
+    keys: tuple[str, ...],
+    *,
+    arguments: str = PACKED_ARGUMENTS,
+    fake: Callable[..., Tensor] = linear_fake,
+    **options: Any,
+) -> Callable[..., Tensor]:
     """Register ``sparse_engine::name`` (arguments → Tensor) with an implementation per dispatch key, and return its overload."""
-    _LIBRARY.define(f"{name}({arguments}) -> Tensor", **options)
+    _LIBRARY.define(f"{name}({arguments}) -> Tensor", **options)  # type: ignore[no-untyped-call]
     for key in keys:
-        _LIBRARY.impl(name, impl, key)
+        _LIBRARY.impl(name, impl, key)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     overload: Callable[..., Tensor] = getattr(getattr(torch.ops, NAMESPACE), name).default
     return overload

@@ -96,7 +96,9 @@ class Format(ABC):
         if tuple(weight.shape) != mask.shape:
             raise InputError(f"{name}: weight is {tuple(weight.shape)} but its mask is {mask.shape}")
         if weight.dtype not in VALUE_DTYPES:
-            raise InputError(f"{name}: cannot pack {weight.dtype}; convert to one of {', '.join(str(d).removeprefix('torch.') for d in VALUE_DTYPES)}")
+            raise InputError(
+                f"{name}: cannot pack {weight.dtype}; convert to one of {', '.join(str(d).removeprefix('torch.') for d in VALUE_DTYPES)}"
+            )
         clean = mask.apply(weight)
         if not bool(torch.isfinite(clean).all()):
             raise InputError(f"{name} holds NaN or infinite values; a packed model needs finite weights")

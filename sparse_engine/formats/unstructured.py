@@ -22,7 +22,9 @@ class UnstructuredFormat(Format):
 
     def specs(self, shape: tuple[int, int], pattern: SparsityPattern, dtype: torch.dtype, nnz: int | None = None) -> dict[str, TensorSpec]:
         if nnz is None or not 0 <= nnz <= shape[0] * shape[1]:
-            raise InputError(f"an unstructured {shape[0]}x{shape[1]} weight needs its number of stored values (0 to {shape[0] * shape[1]}), got {nnz}")
+            raise InputError(
+                f"an unstructured {shape[0]}x{shape[1]} weight needs its number of stored values (0 to {shape[0] * shape[1]}), got {nnz}"
+            )
         return {
             "values": TensorSpec((nnz,), dtype),
             "row_offsets": TensorSpec((shape[0] + 1,), torch.int64),

@@ -1,0 +1,170 @@
+"""``SparseLinear``: a linear layer whose weight stays packed, run by the kernel that the registry chose for each number of rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_engine import formats, registry
+from sparse_engine.errors import InputError
+from sparse_engine.formats.base import PackedWeight
+from sparse_engine.pattern import SparsityPattern
+
+__all__ = ["SparseLinear"]
+
+
+class SparseLinear(nn.Module):
+    """y = x Wᵀ + b with W (out_features, in_features) packed; x is (..., in_features), y (..., out_features).
+
+    The buffers carry the names and shapes of the packed checkpoint (``values``, ``bitmask``, ``row_offsets``), so a state
+    dict loads as it is. Deliberately no ``nn.Linear`` and no ``weight``: code that would merge into or read a dense weight
+    fails instead of silently losing its change.
+
+    Args:
+        nnz: stored values, needed for an unstructured pattern only.
+        backend: force one kernel by name; None lets the registry choose per number of rows.
+
+    Raises:
+        InputError: the pattern does not fit the shape.
+    """
+
+    values: Tensor
+    bitmask: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        pattern: SparsityPattern,
+        *,
+        bias: bool = True,
+        nnz: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        pattern.check_shape((out_features, in_features), "SparseLinear")
+        self.in_features, self.out_features = in_features, out_features
+        self.pattern, self.backend = pattern, backend
+        self.format = formats.for_pattern(pattern)
+        for name, spec in self.format.specs((out_features, in_features), pattern, dtype, nnz).items():
+            self.register_buffer(name, torch.empty(spec.shape, dtype=spec.dtype, device=device))
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
+        self._plan: tuple[tuple[int, registry.Kernel, registry.Layout], ...] | None = None
+        self._layout_owner: registry.Kernel | None = None
+
+    @classmethod
+    def from_packed(cls, packed: PackedWeight, bias: Tensor | None = None, *, backend: str | None = None) -> SparseLinear:
+        """Wrap a packed weight (sharing its tensors) and an optional bias (out_features,)."""
+        rows, columns = packed.shape
+        module = cls(
+            columns, rows, packed.pattern, bias=bias is not None, nnz=packed.nnz, dtype=packed.dtype, device="meta", backend=backend
+        )
+        for name, tensor in packed.tensors.items():
+            setattr(module, name, tensor)
+        if bias is not None:
+            module.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return module
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight in its neutral form (rebuilt from the kernel's own layout where that replaced it)."""
+        shape = (self.out_features, self.in_features)
+        if self._layout_owner is not None and self._plan is not None:
+            described = PackedWeight(self.format.name, self.format.version, self.pattern, shape, self.values.dtype, {})
+            return self._layout_owner.recover(self._plan[0][2], described)
+        tensors = dict(self.named_buffers(recurse=False))
+        return PackedWeight(self.format.name, self.format.version, self.pattern, shape, self.values.dtype, tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weight tensors held now: packed tensors and any kernel layout, each storage once; the bias is not counted."""
+        held = list(self.buffers(recurse=False))
+        for _, _, layout in self._plan or ():
+            held += layout.values()
+        return sum({(t.device, t.data_ptr()): t.numel() * t.element_size() for t in held}.values())
+
+    def problem(self, rows: int = 1) -> registry.Problem:
+        return registry.Problem.of(
+            PackedWeight(
+                self.format.name,
+                self.format.version,
+                self.pattern,
+                (self.out_features, self.in_features),
+                self.values.dtype,
+                {"values": self.values},
+            ),
+            rows,
+        )
+
+    def plan(self) -> tuple[tuple[int, registry.Kernel, registry.Layout], ...]:
+        """Choose kernels for every bucket of rows and prepare their layouts; done once, at the first forward at the latest.
+
+        Raises:
+            KernelUnavailableError: the forced backend, or every kernel, rejects this layer.
+        """
+        if self._plan is None:
+            packed = self.packed
+            problem = registry.Problem.of(packed, 1)
+            steps: list[tuple[int, registry.Kernel, registry.Layout]] = []
+            layouts: dict[str, registry.Layout] = {}
+            for rows in registry.ROW_BUCKETS:
+                kernel = registry.select(problem.with_rows(rows), self.backend)
+                if kernel.name not in layouts:
+                    layouts[kernel.name] = kernel.prepare(packed)
+                if steps and steps[-1][1] is kernel:
+                    steps.pop()
+                steps.append((rows, kernel, layouts[kernel.name]))
+            used = [kernel for _, kernel, _ in steps]
+            if not any(kernel.in_place for kernel in used):
+                self._layout_owner = used[0]
+                for name in packed.tensors:
+                    # Emptied, not deleted: the module keeps its buffer names, type and device.
+                    setattr(self, name, getattr(self, name).new_empty(0))
+            self._plan = tuple(steps)
+        return self._plan
+
+    def forward(self, x: Tensor) -> Tensor:
+        plan = self._plan
+        if plan is None:
+            plan = self.plan()
+        rows = x.numel() // self.in_features
+        for limit, kernel, layout in plan:
+            if rows <= limit:
+                return kernel.run(x, layout, self.bias, self.pattern)
+        _, kernel, layout = plan[-1]
+        return kernel.run(x, layout, self.bias, self.pattern)
+
+    def unpack(self) -> Tensor:
+        """The masked dense weight (out_features, in_features)."""
+        return self.format.unpack(self.packed)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SparseLinear:
+        # A move or cast invalidates the layouts: go back to the neutral tensors first, plan again at the next forward.
+        if self._layout_owner is not None:
+            for name, tensor in self.packed.tensors.items():
+                setattr(self, name, tensor)
+        self._plan, self._layout_owner = None, None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._layout_owner is not None:
+            destination.update({prefix + name: tensor for name, tensor in self.packed.tensors.items()})
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self._layout_owner is not None:
+            raise InputError(
+                "weights cannot be loaded into a SparseLinear whose kernel layout replaced its packed tensors; build a new module"
+            )
+        self._plan = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, pattern={self.pattern}, dtype={self.values.dtype}, backend={self.backend or 'auto'}"
