@@ -50,4 +50,4 @@ def console_track(items: Iterable[T], description: str, total: int, *, stream: T
         if now - last >= _LINE_EVERY_S or done + 1 == total:
             last = now
             left = (now - started) / (done + 1) * (total - done - 1)
-            print(f"{description}: {done + 1}/{total}, {now - started:.0f} s, about {left:.0f} s left", file=stream, flush=True)  # noqa: T201
+            print(f"{description}: {done + 1}/{total}, {now - started:.0f} s, about {left:.0f} s left", file=stream, flush=True)
