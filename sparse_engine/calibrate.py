@@ -127,7 +127,7 @@ class Hessian(Statistics):
 @contextmanager
 def full_fp32_matmul() -> Iterator[None]:
     """Run fp32 products in true fp32 inside the block, whatever the user allows elsewhere; TF32 keeps 10 bits, too few for H."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]  # set on import, unseen by mypy
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:
         backend.fp32_precision = "ieee"
