@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from functools import cached_property
 from pathlib import Path
@@ -90,6 +91,11 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}/{file}: tensor {name} has unsupported type {header.get_dtype()}")
         return tuple(header.get_shape()), _DTYPES[header.get_dtype()]
 
+    def tensor_nbytes(self, name: str) -> int:
+        """Bytes of a stored tensor."""
+        shape, dtype = self.spec(name)
+        return math.prod(shape) * dtype.itemsize
+
     def tensor(self, name: str) -> Tensor:
         """One stored tensor on the CPU, mapped from its file.
 
@@ -133,21 +139,25 @@ class Checkpoint:
         if linear in self.packed_layers:
             packed = self.packed(linear)
             return formats.get(packed.format).unpack(packed)
+        self.check_dense(linear)
+        return self.tensor(f"{linear}.weight")
+
+    def check_dense(self, linear: str) -> None:
+        """Raise :class:`CheckpointError` unless a dense linear's weight is there in the shape that the config gives."""
         shape, _ = self.spec(f"{linear}.weight")
         if shape != self.linear_shape(linear):
             raise CheckpointError(f"{self.path}: {linear}.weight is {shape}, where the config gives {self.linear_shape(linear)}")
-        return self.tensor(f"{linear}.weight")
-
-    def packed_part(self, name: str) -> bool:
-        """Whether tensor ``name`` belongs to the packed form of a linear (its bias does not)."""
-        linear, _, part = name.rpartition(".")
-        return linear in self.packed_layers and part != "bias"
 
     @cached_property
     def manifest(self) -> dict[str, Any] | None:
         """Provenance and checksums written by the converter, or None."""
         file = self.path / MANIFEST
         return _read_json(file) if file.exists() else None
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this checkpoint from another at no cost: its config and each weight file's size and time of change."""
+        stats = {file: (self.path / file).stat() for file in sorted(self._files)}
+        return {"config": self.config, "files": {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}}
 
     @property
     def nbytes(self) -> int:

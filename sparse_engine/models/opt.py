@@ -81,7 +81,7 @@ class OPTFamily(ModelFamily):
         settings._attn_implementation = "sdpa"
         with torch.device("meta"):
             layer = OPTDecoderLayer(settings, layer_idx=0)
-        return layer.to_empty(device=device).to(dtype).eval()
+        return layer.to(dtype).to_empty(device=device).eval()
 
     def run_layer(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         # Without a mask and without padding, scaled-dot-product attention runs causally by itself.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -43,10 +44,7 @@ class PackedStorage(Storage):
                 )
             shape = checkpoint.linear_shape(linear)
             values, dtype = checkpoint.spec(f"{linear}.values")
-            nnz = 1
-            for size in values:
-                nnz *= size
-            found[linear] = LayerSpec(pattern, shape, dtype, nnz)
+            found[linear] = LayerSpec(pattern, shape, dtype, math.prod(values))
         return found
 
     def read(self, checkpoint: Checkpoint, linear: str) -> PackedWeight:
