@@ -110,7 +110,13 @@ class Format(ABC):
         Raises:
             CheckpointError: a tensor is missing, has another shape or type, or the bitmask contradicts the pattern or the values.
         """
-        specs = self.specs(packed.shape, packed.pattern, packed.dtype, packed.nnz if "values" in packed.tensors else None)
+        if "values" not in packed.tensors:
+            raise CheckpointError(f"{name}: tensor {name}.values is missing from the checkpoint")
+        try:
+            packed.pattern.check_shape(packed.shape, name)
+            specs = self.specs(packed.shape, packed.pattern, packed.dtype, packed.nnz)
+        except InputError as error:
+            raise CheckpointError(f"{name} cannot be what its checkpoint says: {error}") from error
         if missing := specs.keys() - packed.tensors.keys():
             raise CheckpointError(f"{name}: tensor {name}.{min(missing)} is missing from the checkpoint")
         for key, spec in specs.items():
