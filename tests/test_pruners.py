@@ -14,6 +14,7 @@ from sparse_engine.calibrate import Hessian, InputNorms, Statistics, statistics_
 from sparse_engine.errors import InputError
 from sparse_engine.mask import Mask
 from sparse_engine.pattern import SparsityPattern
+from sparse_engine.pruners import sparsegpt
 from sparse_engine.pruners.base import CHUNK_ELEMENTS, Needs, keep_largest, keep_largest_overall
 
 PATTERNS = ["0.5", "0.3", "0.77", "1:2", "2:4", "1:4", "3:4", "4:8", "2:8", "3:16", "16:32"]
@@ -232,6 +233,18 @@ def test_indefinite_hessian_is_logged_and_never_fatal(lowest: float, caplog: pyt
     assert "model.fc2 is not positive definite" in caplog.text
     assert torch.isfinite(pruned).all()
     assert mask.nnz == 8 * 32
+
+
+def test_a_factorisation_that_fails_in_fp32_is_done_in_fp64(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    factor = sparsegpt._factor
+    monkeypatch.setattr(sparsegpt, "_factor", lambda h: (h, True) if h.dtype is torch.float32 else factor(h))
+    weight, x, pattern = gaussian(8, 64, seed=26), correlated(100, 64, seed=27), SparsityPattern.parse("4:8")
+    with caplog.at_level(logging.WARNING, logger="sparse_engine"):
+        pruned, mask = pruners.get("sparsegpt").prune(weight, hessian_of(x), pattern)
+    assert "not positive definite in fp32: used damping 0.01 in torch.float64" in caplog.text
+    expected, keep = pruner_references.sparsegpt(weight, x, pattern)
+    assert torch.equal(mask.keep, keep)
+    assert (pruned - expected).norm() / expected.norm() < 1e-5
 
 
 def test_inputs_that_are_all_zero_leave_a_zero_weight() -> None:
