@@ -67,12 +67,14 @@ def prune_layers(
                 for name in group:
                     full = f"{prefix}.{name}"
                     weight = _linear(layer, name).weight.detach()
-                    new, mask = pruner.prune(weight, statistics.get(name), pattern, full)
+                    new, mask = pruner.prune(weight, statistics.get(name), pattern, layer=full)
                     packed[full] = formats.for_pattern(pattern).pack(new.to(dtype), mask, full).to("cpu")
                     _set_weight(layer, name, packed[full])
             job.save(index, packed)
         if gathers and index + 1 < count:
             hidden = [_advance(source, layer, state, device) for state in hidden]
+        # Otherwise this layer would stay in memory while the next one is built.
+        del layer
         yield index
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sparse_engine.checkpoint.reader import Checkpoint
 
 _TWO_FOUR = SparsityPattern.nm(2, 4)
+_LAST_VERSION = "0.14.0"
 _FORMAT_24, _FORMAT_ANY = "sparse-24-bitmask", "sparse-bitmask"
 
 
@@ -83,7 +84,7 @@ class CompressedTensorsStorage(Storage):
             "sparsity_structure": "2:4" if two_four else "unstructured",
             "targets": ["Linear"],
         }
-        declared = {"quant_method": self.quant_method, "format": "dense", "quantization_status": "compressed", "sparsity_config": sparsity}
+        declared = {"quant_method": self.quant_method, "sparsity_config": sparsity, "version": _LAST_VERSION}
         return config | {"quantization_config": declared}
 
 
