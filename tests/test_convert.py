@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_tiny_opt
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import OPTForCausalLM
@@ -269,8 +270,6 @@ def test_only_one_layer_is_alive_at_a_time(tiny_opt: Path, samples: list[Tensor]
         built.append(weakref.ref(layer))
         return layer
 
-    from tests.conftest import make_tiny_opt
-
     deep = make_tiny_opt(tmp_path / "deep", num_hidden_layers=5)
     monkeypatch.setattr(OPTFamily, "build_layer", counting)
     convert(deep, tmp_path / "out", pattern=TWO_FOUR, pruner="wanda", calibration=samples)
@@ -298,8 +297,6 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(
 
 
 def test_columns_that_m_does_not_divide_are_refused(tmp_path: Path) -> None:
-    from tests.conftest import make_tiny_opt
-
     odd = make_tiny_opt(tmp_path / "odd", hidden_size=24, word_embed_proj_dim=24, ffn_dim=40)
     with pytest.raises(InputError, match=r"q_proj has 24 input columns, which 16:32 cannot divide"):
         convert(odd, tmp_path / "out", pattern=SparsityPattern.nm(16, 32))
