@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
-__all__ = ["Mask", "PackedWeight", "SparseLinear", "SparsityPattern"]
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["Mask", "PackedWeight", "SparseLinear", "SparseOPTConfig", "SparseOPTForCausalLM", "SparsityPattern"]
 __version__ = "0.1.0"
 
 from sparse_engine.formats.base import PackedWeight
+from sparse_engine.hf.config import SparseOPTConfig
 from sparse_engine.linear import SparseLinear
 from sparse_engine.mask import Mask
 from sparse_engine.pattern import SparsityPattern
+
+if TYPE_CHECKING:
+    from sparse_engine.hf.modeling_opt import SparseOPTForCausalLM
+
+
+def __getattr__(name: str) -> Any:
+    # The model class takes transformers seconds to import, so it waits for its first use.
+    if name == "SparseOPTForCausalLM":
+        from sparse_engine.hf.modeling_opt import SparseOPTForCausalLM
+
+        return SparseOPTForCausalLM
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
