@@ -144,12 +144,16 @@ class SparseLinear(nn.Module):
         return self.format.unpack(self.packed)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseLinear:
-        # A move or cast invalidates the layouts: go back to the neutral tensors first, plan again at the next forward.
+        # A move or cast invalidates the layouts: go back to the neutral tensors first. A layer that had a plan gets its new one
+        # here, since a compiled model's next forward is traced and kernels cannot be chosen and prepared while tracing.
+        planned = self._plan is not None
         if self._layout_owner is not None:
             for name, tensor in self.packed.tensors.items():
                 setattr(self, name, tensor)
         self._plan, self._layout_owner = None, None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if planned and not self.values.is_meta:
+            self.plan()
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -8,7 +8,7 @@ pure function of the problem, made when layers are swapped in and never in the h
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import ClassVar
@@ -95,6 +95,10 @@ class Kernel(ABC):
     def unsupported(self, problem: Problem) -> str | None:
         """Further reasons, checked once format, device and type fit."""
         return None
+
+    def __reduce__(self) -> tuple[Callable[[str], Kernel], tuple[str]]:
+        # A copied or pickled layer holds the registered kernel again: it may own libraries that cannot be copied.
+        return get, (self.name,)
 
     @abstractmethod
     def cost(self, problem: Problem) -> float:
