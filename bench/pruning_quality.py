@@ -1,0 +1,87 @@
+"""Perplexity after each pruner and pattern, and what converting costs: the quality table of the README.
+
+Every row converts the checkpoint in a process of its own with `sparse-engine convert` and loads the packed result. The
+perplexity is over whole held-out documents cut to --length tokens; the calibration text is other text of the same kind.
+
+    python bench/pruning_quality.py --model $SPARSE_ENGINE_DATA/models/base-28m
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from reporting import device_name, environment, write_results
+from transformers import AutoTokenizer, OPTForCausalLM
+
+from sparse_engine import SparseOPTForCausalLM, pruners
+from sparse_engine.data.files import read_documents
+from sparse_engine.evaluate.perplexity import document_perplexity
+from sparse_engine.pruners.base import Needs
+
+PATTERNS = ("0.5", "4:8", "2:4")
+
+
+def main() -> None:
+    data = Path(os.environ.get("SPARSE_ENGINE_DATA", "."))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=data / "models" / "base-28m")
+    parser.add_argument("--calibration", type=Path, default=data / "data" / "train5000.jsonl.gz")
+    parser.add_argument("--heldout", type=Path, default=data / "data" / "test.jsonl.gz")
+    parser.add_argument("--documents", type=int, default=40)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--pruners", nargs="*", default=sorted(pruners.all_pruners()))
+    parser.add_argument("--patterns", nargs="*", default=PATTERNS)
+    settings = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    rows = read_documents(settings.heldout)[: settings.documents]
+    documents = [torch.tensor(tokenizer(row["text"])["input_ids"]) for row in rows]
+    dense = OPTForCausalLM.from_pretrained(settings.model, dtype=torch.float32).eval()
+    measured = document_perplexity(dense, documents, settings.length)
+    results = [{"model": settings.model.name, "pruner": "none", "pattern": "dense", "perplexity": measured.ppl, "tokens": measured.tokens}]
+    report(results[-1])
+    for name in settings.pruners:
+        for pattern in settings.patterns:
+            with tempfile.TemporaryDirectory() as folder:
+                out = Path(folder) / "packed"
+                cost = convert(settings, name, pattern, out)
+                packed = SparseOPTForCausalLM.from_pretrained(out, dtype=torch.float32)
+                ppl = document_perplexity(packed, documents, settings.length)
+            results.append(
+                {"model": settings.model.name, "pruner": name, "pattern": pattern, "perplexity": ppl.ppl, "tokens": ppl.tokens} | cost
+            )
+            report(results[-1])
+    write_results(device_name(), "pruning-quality", environment(), results)
+
+
+def convert(settings: argparse.Namespace, pruner: str, pattern: str, out: Path) -> dict[str, float | int]:
+    """Run the command line as a user would; wall-clock seconds and peak resident memory of that process in bytes."""
+    chosen = ["--nm", pattern] if ":" in pattern else ["--sparsity", pattern]
+    command = [sys.executable, "-m", "sparse_engine.cli", "convert", settings.model, *chosen, "--pruner", pruner, "--out", out]
+    if pruners.get(pruner).needs is not Needs.NOTHING:
+        command += ["--calibration", settings.calibration, "--samples", str(settings.samples), "--length", str(settings.length)]
+    started = time.monotonic()
+    finished = subprocess.run(["/usr/bin/env", "time", "-v", *command], capture_output=True, text=True, check=False)  # noqa: S603
+    seconds = time.monotonic() - started
+    if finished.returncode:
+        raise SystemExit(finished.stderr)
+    peak = re.search(r"Maximum resident set size \(kbytes\): (\d+)", finished.stderr)
+    assert peak is not None
+    return {"convert_seconds": seconds, "convert_peak_rss_bytes": int(peak[1]) * 1024}
+
+
+def report(row: dict[str, object]) -> None:
+    print(row, flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
