@@ -1,0 +1,92 @@
+// The C ABI: checks arguments, then calls the driver.
+
+#include "sparse_engine.h"
+
+#include "driver.h"
+#include "isa.h"
+
+using namespace sparse_engine;
+
+namespace {
+
+bool known(int32_t dtype) { return dtype >= 0 && dtype < kDtypes; }
+
+// Whether the arrays of a packed (rows, columns) weight can be what the header says, without reading the bitmask.
+bool valid(const PackedWeight& w, int64_t rows) {
+  if (rows < 0 || w.columns < 0 || w.values_count < 0) return false;
+  if (rows > 0 && w.columns > 0 && !w.bitmask) return false;
+  if (w.values_count > 0 && !w.values) return false;
+  if (w.row_offsets) return w.row_offsets[0] == 0 && w.row_offsets[rows] <= w.values_count;
+  return w.row_values >= 0 && w.row_values <= w.columns && rows * w.row_values <= w.values_count;
+}
+
+} // namespace
+
+int32_t sparse_engine_abi_version(void) { return SPARSE_ENGINE_ABI_VERSION; }
+
+const char* sparse_engine_status_message(int32_t status) {
+  switch (status) {
+  case SPARSE_ENGINE_OK: return "no error";
+  case SPARSE_ENGINE_BAD_ARGUMENT: return "an argument is out of range or a pointer is missing";
+  case SPARSE_ENGINE_OUT_OF_MEMORY: return "scratch memory could not be allocated";
+  case SPARSE_ENGINE_UNKNOWN_ISA: return "no instruction-set level has that name";
+  case SPARSE_ENGINE_UNSUPPORTED_ISA: return "this processor, operating system or build lacks that instruction-set level";
+  default: return "unknown status";
+  }
+}
+
+const char* sparse_engine_supported_isas(void) { return supported_levels(); }
+
+int32_t sparse_engine_isa(const char** name) {
+  const KernelSet* set;
+  int32_t status = current_kernels(&set);
+  if (name) *name = set ? set->name : "";
+  return status;
+}
+
+int32_t sparse_engine_set_isa(const char* name) { return choose_kernels(name); }
+
+int32_t sparse_engine_has_amx_bf16(void) { return has_amx_bf16(); }
+
+int32_t sparse_engine_linear(int32_t dtype, const void* x, const void* values, int64_t values_count, const uint8_t* bitmask,
+                             const int64_t* row_offsets, int64_t row_values, const void* bias, void* y, int64_t m, int64_t rows,
+                             int64_t columns, int32_t threads) {
+  const KernelSet* set;
+  if (int32_t status = current_kernels(&set)) return status;
+  if (!known(dtype) || m < 0 || threads < 1) return SPARSE_ENGINE_BAD_ARGUMENT;
+  PackedWeight w{static_cast<const uint8_t*>(values), values_count, element_bytes(dtype), bitmask, row_offsets, row_values, columns};
+  if (!valid(w, rows)) return SPARSE_ENGINE_BAD_ARGUMENT;
+  if (m == 0 || rows == 0) return SPARSE_ENGINE_OK;
+  if (!y || (!x && columns > 0)) return SPARSE_ENGINE_BAD_ARGUMENT;
+  return packed_linear(*set, w, x, m, {dtype, bias, y, rows}, threads);
+}
+
+int32_t sparse_engine_dense_linear(int32_t dtype, const void* x, const void* weight, const void* bias, void* y, int64_t m, int64_t rows,
+                                   int64_t columns, int32_t threads) {
+  const KernelSet* set;
+  if (int32_t status = current_kernels(&set)) return status;
+  if (!known(dtype) || m < 0 || rows < 0 || columns < 0 || threads < 1) return SPARSE_ENGINE_BAD_ARGUMENT;
+  if (m == 0 || rows == 0) return SPARSE_ENGINE_OK;
+  if (!y || ((!x || !weight) && columns > 0)) return SPARSE_ENGINE_BAD_ARGUMENT;
+  return dense_linear(*set, weight, columns, x, m, {dtype, bias, y, rows}, threads);
+}
+
+int32_t sparse_engine_expand_tile(int32_t dtype, int32_t out_dtype, const void* values, int64_t values_count, const uint8_t* bitmask,
+                                  const int64_t* row_offsets, int64_t row_values, int64_t row_begin, int64_t row_end, int64_t columns,
+                                  void* out, int32_t threads) {
+  const KernelSet* set;
+  if (int32_t status = current_kernels(&set)) return status;
+  if (!known(dtype) || (out_dtype != dtype && out_dtype != SPARSE_ENGINE_FP32) || row_begin < 0 || row_end < row_begin || threads < 1)
+    return SPARSE_ENGINE_BAD_ARGUMENT;
+  PackedWeight w{static_cast<const uint8_t*>(values), values_count, element_bytes(dtype), bitmask, row_offsets, row_values, columns};
+  if (!valid(w, row_end)) return SPARSE_ENGINE_BAD_ARGUMENT;
+  if (row_begin == row_end || columns == 0) return SPARSE_ENGINE_OK;
+  if (!out) return SPARSE_ENGINE_BAD_ARGUMENT;
+  return expand_tile(*set, w, dtype, out_dtype, row_begin, row_end, out, threads);
+}
+
+int32_t sparse_engine_read(const void* data, int64_t bytes, int32_t threads, uint64_t* sum) {
+  if (bytes < 0 || (bytes > 0 && !data) || !sum || threads < 1) return SPARSE_ENGINE_BAD_ARGUMENT;
+  *sum = read_bytes(data, bytes, threads);
+  return SPARSE_ENGINE_OK;
+}

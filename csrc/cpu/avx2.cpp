@@ -1,0 +1,299 @@
+// AVX2 + FMA + F16C + BMI: a mask byte at a time, expanded in registers and multiplied at once.
+//
+//   bf16   values  a b c d ........   16 bytes from the row's pointer, in both 128-bit halves
+//          mask    0x69                picks one 32-byte shuffle out of 256
+//          vpshufb 0a 00 00 0b 00 0c 0d 00   each kept value in the upper half of its fp32 slot
+//
+// Since a bf16 is the upper half of an fp32, that one shuffle both expands and converts. fp16 is expanded to 8 half-words
+// and converted by vcvtph2ps; fp32 is permuted across the register and its dropped slots are cleared. The pointer moves by
+// the byte's number of set bits, so one kernel serves every pattern. Several rows share each load of the activations.
+
+#include <immintrin.h>
+
+#include "kernels.h"
+#include "numeric.h"
+
+namespace sparse_engine {
+namespace {
+
+constexpr uint8_t kZero = 0x80; // vpshufb writes 0 for an index with the top bit set
+
+struct ShuffleBf16 {
+  alignas(64) uint8_t index[256][32];
+};
+struct ShuffleHalf {
+  alignas(64) uint8_t index[256][16];
+};
+struct PermuteFp32 {
+  alignas(64) uint32_t index[256][8];
+};
+
+constexpr ShuffleBf16 make_bf16() {
+  ShuffleBf16 t{};
+  for (int mask = 0; mask < 256; ++mask)
+    for (int slot = 0, kept = 0; slot < 8; ++slot) {
+      bool keep = mask >> slot & 1;
+      uint8_t* bytes = t.index[mask] + 4 * slot;
+      bytes[0] = bytes[1] = kZero;
+      bytes[2] = keep ? uint8_t(2 * kept) : kZero;
+      bytes[3] = keep ? uint8_t(2 * kept + 1) : kZero;
+      kept += keep;
+    }
+  return t;
+}
+
+constexpr ShuffleHalf make_half() {
+  ShuffleHalf t{};
+  for (int mask = 0; mask < 256; ++mask)
+    for (int slot = 0, kept = 0; slot < 8; ++slot) {
+      bool keep = mask >> slot & 1;
+      t.index[mask][2 * slot] = keep ? uint8_t(2 * kept) : kZero;
+      t.index[mask][2 * slot + 1] = keep ? uint8_t(2 * kept + 1) : kZero;
+      kept += keep;
+    }
+  return t;
+}
+
+// vpermps looks at the low 3 bits only, so the sign bit is free to mark the dropped slots for vblendvps.
+constexpr PermuteFp32 make_fp32() {
+  PermuteFp32 t{};
+  for (int mask = 0; mask < 256; ++mask)
+    for (int slot = 0, kept = 0; slot < 8; ++slot) {
+      bool keep = mask >> slot & 1;
+      t.index[mask][slot] = keep ? uint32_t(kept) : 0x80000000u;
+      kept += keep;
+    }
+  return t;
+}
+
+constexpr ShuffleBf16 kBf16 = make_bf16();
+constexpr ShuffleHalf kHalf = make_half();
+constexpr PermuteFp32 kFp32 = make_fp32();
+
+struct Bf16Lanes : Bf16 {
+  static inline __m256 expand(const uint8_t* values, unsigned mask) {
+    __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
+    __m256i index = _mm256_load_si256(reinterpret_cast<const __m256i*>(kBf16.index[mask]));
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(both, index));
+  }
+  static inline __m256 widen(const uint8_t* p) {
+    __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+};
+
+inline __m128i expand_half(const uint8_t* values, unsigned mask) {
+  __m128i index = _mm_load_si128(reinterpret_cast<const __m128i*>(kHalf.index[mask]));
+  return _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)), index);
+}
+
+struct Fp16Lanes : Fp16 {
+  static inline __m256 expand(const uint8_t* values, unsigned mask) { return _mm256_cvtph_ps(expand_half(values, mask)); }
+  static inline __m256 widen(const uint8_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+};
+
+struct Fp32Lanes : Fp32 {
+  static inline __m256 expand(const uint8_t* values, unsigned mask) {
+    __m256i index = _mm256_load_si256(reinterpret_cast<const __m256i*>(kFp32.index[mask]));
+    __m256 spread = _mm256_permutevar8x32_ps(_mm256_loadu_ps(reinterpret_cast<const float*>(values)), index);
+    return _mm256_blendv_ps(spread, _mm256_setzero_ps(), _mm256_castsi256_ps(index));
+  }
+  static inline __m256 widen(const uint8_t* p) { return _mm256_loadu_ps(reinterpret_cast<const float*>(p)); }
+};
+
+inline float sum_of(__m256 v) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+// Activations become fp32 (padded_columns / 8, m, 8): one running pointer with constant offsets.
+template <class T> void pack_x(const void* x, int m, int64_t columns, int64_t padded_columns, void* packed) {
+  constexpr int64_t kBytes = sizeof(typename T::Storage);
+  auto source = static_cast<const uint8_t*>(x);
+  auto target = static_cast<float*>(packed);
+  for (int64_t c = 0; c < padded_columns; c += 8)
+    for (int i = 0; i < m; ++i, target += 8) {
+      const uint8_t* from = source + (i * columns + c) * kBytes;
+      if (c + 8 <= columns) {
+        _mm256_storeu_ps(target, T::widen(from));
+        continue;
+      }
+      for (int j = 0; j < 8; ++j)
+        target[j] = c + j < columns ? T::load(from + j * kBytes) : 0.0f;
+    }
+}
+
+// Bytes ahead of its row's pointer that a prefetch touches. Rows of one stream lie end to end, so it runs on into the next.
+constexpr int kPrefetch = 1024;
+
+template <class T, int M, int R> struct Block {
+  static constexpr int kBytes = sizeof(typename T::Storage);
+  const uint8_t* values[R];
+  const float* x;
+  __m256 sum[R][M];
+
+  inline void byte(uint64_t (&bits)[R]) {
+    __m256 w[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      unsigned mask = bits[r] & 0xff;
+      bits[r] >>= 8;
+      w[r] = T::expand(values[r], mask);
+      values[r] += kBytes * __builtin_popcount(mask);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      __m256 xm = _mm256_loadu_ps(x + 8 * m);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r)
+        sum[r][m] = _mm256_fmadd_ps(w[r], xm, sum[r][m]);
+    }
+    x += 8 * M;
+  }
+};
+
+template <class T, int M, int R>
+void packed_rows(const uint8_t* const* values, const uint8_t* const* bitmask, const void* x, int64_t columns, float* out) {
+  Block<T, M, R> block;
+  block.x = static_cast<const float*>(x);
+  for (int r = 0; r < R; ++r) {
+    block.values[r] = values[r];
+    for (int m = 0; m < M; ++m)
+      block.sum[r][m] = _mm256_setzero_ps();
+  }
+  uint64_t bits[R];
+  int64_t words = columns / 64;
+  for (int64_t word = 0; word < words; ++word) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      memcpy(&bits[r], bitmask[r] + 8 * word, 8);
+      _mm_prefetch(reinterpret_cast<const char*>(block.values[r] + kPrefetch), _MM_HINT_T0);
+      if (Block<T, M, R>::kBytes == 4) _mm_prefetch(reinterpret_cast<const char*>(block.values[r] + kPrefetch + 64), _MM_HINT_T0);
+    }
+#pragma GCC unroll 8
+    for (int b = 0; b < 8; ++b)
+      block.byte(bits);
+  }
+  if (int64_t left = columns - 64 * words; left != 0) {
+    for (int r = 0; r < R; ++r)
+      bits[r] = tail_bits(bitmask[r], words, columns);
+    for (int64_t b = 0; 8 * b < left; ++b)
+      block.byte(bits);
+  }
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m)
+      out[r * M + m] = sum_of(block.sum[r][m]);
+}
+
+template <class T, int M, int R> void dense_rows(const uint8_t* const* weight, const void* x, int64_t columns, float* out) {
+  constexpr int64_t kBytes = sizeof(typename T::Storage);
+  auto activations = static_cast<const float*>(x);
+  __m256 sum[R][M];
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m)
+      sum[r][m] = _mm256_setzero_ps();
+  const uint8_t* row[R];
+  for (int r = 0; r < R; ++r)
+    row[r] = weight[r];
+  auto step = [&](const uint8_t* const(&from)[R], const float* xs) {
+    __m256 w[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+      w[r] = T::widen(from[r]);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      __m256 xm = _mm256_loadu_ps(xs + 8 * m);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r)
+        sum[r][m] = _mm256_fmadd_ps(w[r], xm, sum[r][m]);
+    }
+  };
+  int64_t whole = columns / 8;
+  for (int64_t i = 0; i < whole; ++i) {
+    if (i % (64 / (8 * kBytes)) == 0)
+      for (int r = 0; r < R; ++r)
+        _mm_prefetch(reinterpret_cast<const char*>(row[r] + kPrefetch), _MM_HINT_T0);
+    step(row, activations);
+    for (int r = 0; r < R; ++r)
+      row[r] += 8 * kBytes;
+    activations += 8 * M;
+  }
+  if (int64_t left = columns - 8 * whole; left != 0) {
+    uint8_t padded[R][32] = {};
+    const uint8_t* from[R];
+    for (int r = 0; r < R; ++r) {
+      memcpy(padded[r], row[r], size_t(left * kBytes));
+      from[r] = padded[r];
+    }
+    step(from, activations);
+  }
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m)
+      out[r * M + m] = sum_of(sum[r][m]);
+}
+
+// Writes one mask byte's 8 elements at a time; the last, shorter group goes through a buffer.
+template <int ValueBytes, int OutBytes, class Expand>
+inline void expand_row(const uint8_t* values, const uint8_t* bitmask, int64_t columns, void* out, Expand expand) {
+  auto target = static_cast<uint8_t*>(out);
+  int64_t whole = columns / 8;
+  for (int64_t b = 0; b < whole; ++b) {
+    expand(values, bitmask[b], target);
+    values += ValueBytes * __builtin_popcount(bitmask[b]);
+    target += 8 * OutBytes;
+  }
+  if (int64_t left = columns - 8 * whole; left != 0) {
+    uint8_t group[8 * OutBytes];
+    expand(values, bitmask[whole] & ((1u << left) - 1), group);
+    memcpy(target, group, size_t(left * OutBytes));
+  }
+}
+
+void expand_to_half(const uint8_t* values, const uint8_t* bitmask, int64_t columns, void* out) {
+  expand_row<2, 2>(values, bitmask, columns, out, [](const uint8_t* from, unsigned mask, uint8_t* to) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), expand_half(from, mask));
+  });
+}
+
+template <class T> void expand_to_fp32(const uint8_t* values, const uint8_t* bitmask, int64_t columns, void* out) {
+  expand_row<sizeof(typename T::Storage), 4>(values, bitmask, columns, out, [](const uint8_t* from, unsigned mask, uint8_t* to) {
+    _mm256_storeu_ps(reinterpret_cast<float*>(to), T::expand(from, mask));
+  });
+}
+
+// 16 registers hold R·M sums, R weights and one activation.
+constexpr int rows_for(int m) { return m == 1 ? 4 : 3; }
+
+template <class T, int M> void fill(DtypeKernels& set) {
+  set.packed[M] = packed_rows<T, M, rows_for(M)>;
+  set.packed_one[M] = packed_rows<T, M, 1>;
+  set.dense[M] = dense_rows<T, M, rows_for(M)>;
+  set.dense_one[M] = dense_rows<T, M, 1>;
+  if constexpr (M > 1) fill<T, M - 1>(set);
+}
+
+template <class T> DtypeKernels kernels_for(ExpandRow expand) {
+  constexpr int kMostActivations = 4;
+  DtypeKernels set{};
+  set.x_bytes = sizeof(float);
+  set.max_m = kMostActivations;
+  set.rows_one = rows_for(1);
+  set.rows_many = rows_for(2);
+  set.pack_x = pack_x<T>;
+  set.expand = expand;
+  set.expand_fp32 = expand_to_fp32<T>;
+  fill<T, kMostActivations>(set);
+  return set;
+}
+
+} // namespace
+
+const KernelSet& avx2_kernels() {
+  static const KernelSet set{
+      "avx2",
+      {kernels_for<Bf16Lanes>(expand_to_half), kernels_for<Fp16Lanes>(expand_to_half), kernels_for<Fp32Lanes>(expand_to_fp32<Fp32Lanes>)}};
+  return set;
+}
+
+} // namespace sparse_engine

@@ -1,0 +1,249 @@
+// AVX-512 with VBMI2 and BF16: vpexpandw spreads kept half-words over the mask's set bits, 32 columns at a time.
+//
+//   bf16   values  a b c d ....   64 bytes from the row's pointer
+//          mask    32 bits        vpexpandw  a 0 0 b 0 c d 0 ..   then vdpbf16ps with bf16 activations, summed in fp32
+//
+// fp16 is expanded the same way and converted by vcvtph2ps; fp32 uses vexpandps. Loads are whole registers with the
+// expansion done from a register, because the masked memory forms are microcoded on some processors; the rows that the
+// driver passes may be over-read by one register.
+
+#include <immintrin.h>
+
+#include "kernels.h"
+#include "numeric.h"
+
+namespace sparse_engine {
+namespace {
+
+// The compiler's popcount of a half-word may be a call without -mpopcnt; here it is one instruction.
+inline int count(uint64_t bits) { return int(_mm_popcnt_u64(bits)); }
+
+inline __m512i expand_words(const uint8_t* values, uint32_t mask) { return _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values)); }
+
+inline __mmask32 first(int64_t n) { return n >= 32 ? 0xffffffffu : (1u << n) - 1; }
+
+// Each type says how many columns one step takes, and how a step's weights meet the activations.
+struct Bf16Step : Bf16 {
+  static constexpr int kColumns = 32;
+  static constexpr int kXBytes = 2;
+  using Weights = __m512i;
+  static inline Weights expand(const uint8_t* values, uint32_t mask) { return expand_words(values, mask); }
+  static inline Weights widen(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static inline Weights widen(const uint8_t* p, int64_t n) { return _mm512_maskz_loadu_epi16(first(n), p); }
+  static inline __m512 multiply(Weights w, const uint8_t* x, __m512 sum) {
+    return _mm512_dpbf16_ps(sum, __m512bh(w), __m512bh(_mm512_loadu_si512(x)));
+  }
+  static inline void pack(const uint8_t* from, int64_t n, uint8_t* to) { _mm512_storeu_si512(to, widen(from, n)); }
+};
+
+struct Fp16Step : Fp16 {
+  static constexpr int kColumns = 32;
+  static constexpr int kXBytes = 4;
+  struct Weights {
+    __m512 low, high;
+  };
+  static inline Weights convert(__m512i halves) {
+    return {_mm512_cvtph_ps(_mm512_castsi512_si256(halves)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1))};
+  }
+  static inline Weights expand(const uint8_t* values, uint32_t mask) { return convert(expand_words(values, mask)); }
+  static inline Weights widen(const uint8_t* p) { return convert(_mm512_loadu_si512(p)); }
+  static inline Weights widen(const uint8_t* p, int64_t n) { return convert(_mm512_maskz_loadu_epi16(first(n), p)); }
+  static inline __m512 multiply(Weights w, const uint8_t* x, __m512 sum) {
+    sum = _mm512_fmadd_ps(w.low, _mm512_loadu_ps(x), sum);
+    return _mm512_fmadd_ps(w.high, _mm512_loadu_ps(x + 64), sum);
+  }
+  static inline void pack(const uint8_t* from, int64_t n, uint8_t* to) {
+    Weights both = widen(from, n);
+    _mm512_storeu_ps(to, both.low);
+    _mm512_storeu_ps(to + 64, both.high);
+  }
+};
+
+struct Fp32Step : Fp32 {
+  static constexpr int kColumns = 16;
+  static constexpr int kXBytes = 4;
+  using Weights = __m512;
+  static inline Weights expand(const uint8_t* values, uint32_t mask) {
+    return _mm512_maskz_expand_ps(__mmask16(mask), _mm512_loadu_ps(values));
+  }
+  static inline Weights widen(const uint8_t* p) { return _mm512_loadu_ps(p); }
+  static inline Weights widen(const uint8_t* p, int64_t n) { return _mm512_maskz_loadu_ps(__mmask16(first(n)), p); }
+  static inline __m512 multiply(Weights w, const uint8_t* x, __m512 sum) { return _mm512_fmadd_ps(w, _mm512_loadu_ps(x), sum); }
+  static inline void pack(const uint8_t* from, int64_t n, uint8_t* to) { _mm512_storeu_ps(to, widen(from, n)); }
+};
+
+// Activations become (padded_columns / kColumns, m, kColumns) of bf16 or fp32: one running pointer with constant offsets.
+template <class T> void pack_x(const void* x, int m, int64_t columns, int64_t padded_columns, void* packed) {
+  constexpr int64_t kBytes = sizeof(typename T::Storage);
+  auto source = static_cast<const uint8_t*>(x);
+  auto target = static_cast<uint8_t*>(packed);
+  for (int64_t c = 0; c < padded_columns; c += T::kColumns)
+    for (int i = 0; i < m; ++i, target += T::kColumns * T::kXBytes) {
+      int64_t left = columns - c;
+      // No lane is loaded when nothing is left, so the address past the row is never touched.
+      T::pack(source + (i * columns + (left > 0 ? c : 0)) * kBytes, left < 0 ? 0 : left < T::kColumns ? left : T::kColumns, target);
+    }
+}
+
+// Bytes ahead of its row's pointer that a prefetch touches. Rows of one stream lie end to end, so it runs on into the next.
+constexpr int kPrefetch = 2048;
+
+template <class T, int M, int R> struct Block {
+  static constexpr int kBytes = sizeof(typename T::Storage);
+  static constexpr uint64_t kStepMask = (uint64_t(1) << T::kColumns) - 1;
+  const uint8_t* values[R];
+  const uint8_t* x;
+  __m512 sum[R][M];
+
+  inline void step(uint64_t (&bits)[R]) {
+    typename T::Weights w[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      uint32_t mask = uint32_t(bits[r] & kStepMask);
+      bits[r] >>= T::kColumns;
+      w[r] = T::expand(values[r], mask);
+      values[r] += kBytes * count(mask);
+    }
+    multiply(w);
+  }
+
+  inline void multiply(const typename T::Weights (&w)[R]) {
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r)
+        sum[r][m] = T::multiply(w[r], x + m * T::kColumns * T::kXBytes, sum[r][m]);
+    }
+    x += M * T::kColumns * T::kXBytes;
+  }
+
+  explicit Block(const uint8_t* const* rows, const void* activations) : x(static_cast<const uint8_t*>(activations)) {
+    for (int r = 0; r < R; ++r) {
+      values[r] = rows[r];
+      for (int m = 0; m < M; ++m)
+        sum[r][m] = _mm512_setzero_ps();
+    }
+  }
+
+  inline void finish(float* out) const {
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m)
+        out[r * M + m] = _mm512_reduce_add_ps(sum[r][m]);
+  }
+};
+
+template <class T, int M, int R>
+void packed_rows(const uint8_t* const* values, const uint8_t* const* bitmask, const void* x, int64_t columns, float* out) {
+  Block<T, M, R> block(values, x);
+  uint64_t bits[R];
+  int64_t words = columns / 64;
+  for (int64_t word = 0; word < words; ++word) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      memcpy(&bits[r], bitmask[r] + 8 * word, 8);
+      _mm_prefetch(reinterpret_cast<const char*>(block.values[r] + kPrefetch), _MM_HINT_T0);
+      if (Block<T, M, R>::kBytes == 4) _mm_prefetch(reinterpret_cast<const char*>(block.values[r] + kPrefetch + 64), _MM_HINT_T0);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < 64; c += T::kColumns)
+      block.step(bits);
+  }
+  if (int64_t left = columns - 64 * words; left != 0) {
+    for (int r = 0; r < R; ++r)
+      bits[r] = tail_bits(bitmask[r], words, columns);
+    for (int64_t c = 0; c < left; c += T::kColumns)
+      block.step(bits);
+  }
+  block.finish(out);
+}
+
+template <class T, int M, int R> void dense_rows(const uint8_t* const* weight, const void* x, int64_t columns, float* out) {
+  constexpr int kStepBytes = T::kColumns * Block<T, M, R>::kBytes;
+  Block<T, M, R> block(weight, x);
+  typename T::Weights w[R];
+  for (int64_t i = 0; i < columns / T::kColumns; ++i) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      _mm_prefetch(reinterpret_cast<const char*>(block.values[r] + kPrefetch), _MM_HINT_T0);
+      w[r] = T::widen(block.values[r]);
+      block.values[r] += kStepBytes;
+    }
+    block.multiply(w);
+  }
+  if (int64_t left = columns % T::kColumns; left != 0) {
+    for (int r = 0; r < R; ++r)
+      w[r] = T::widen(block.values[r], left);
+    block.multiply(w);
+  }
+  block.finish(out);
+}
+
+void expand_to_half(const uint8_t* values, const uint8_t* bitmask, int64_t columns, void* out) {
+  auto target = static_cast<uint8_t*>(out);
+  for (int64_t c = 0; c < columns; c += 64) {
+    uint64_t bits = tail_bits(bitmask, c / 64, columns - c < 64 ? columns : c + 64);
+    for (int64_t h = c; h < columns && h < c + 64; h += 32, bits >>= 32) {
+      _mm512_mask_storeu_epi16(target + 2 * h, first(columns - h), expand_words(values, uint32_t(bits)));
+      values += 2 * count(uint32_t(bits));
+    }
+  }
+}
+
+inline __m512 expand_16(const Bf16&, const uint8_t* values, __mmask16 mask) {
+  __m256i halves = _mm256_maskz_expand_epi16(mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+inline __m512 expand_16(const Fp16&, const uint8_t* values, __mmask16 mask) {
+  return _mm512_cvtph_ps(_mm256_maskz_expand_epi16(mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values))));
+}
+
+inline __m512 expand_16(const Fp32&, const uint8_t* values, __mmask16 mask) { return Fp32Step::expand(values, mask); }
+
+template <class T> void expand_to_fp32(const uint8_t* values, const uint8_t* bitmask, int64_t columns, void* out) {
+  auto target = static_cast<float*>(out);
+  for (int64_t c = 0; c < columns; c += 64) {
+    uint64_t bits = tail_bits(bitmask, c / 64, columns - c < 64 ? columns : c + 64);
+    for (int64_t h = c; h < columns && h < c + 64; h += 16, bits >>= 16) {
+      auto mask = __mmask16(bits);
+      _mm512_mask_storeu_ps(target + h, __mmask16(first(columns - h)), expand_16(T{}, values, mask));
+      values += int(sizeof(typename T::Storage)) * count(mask);
+    }
+  }
+}
+
+// 32 registers hold R·M sums, R weights (twice as many in fp16) and one activation.
+constexpr int rows_for(int m) { return m == 1 ? 4 : 3; }
+
+template <class T, int M> void fill(DtypeKernels& set) {
+  set.packed[M] = packed_rows<T, M, rows_for(M)>;
+  set.packed_one[M] = packed_rows<T, M, 1>;
+  set.dense[M] = dense_rows<T, M, rows_for(M)>;
+  set.dense_one[M] = dense_rows<T, M, 1>;
+  if constexpr (M > 1) fill<T, M - 1>(set);
+}
+
+template <class T> DtypeKernels kernels_for(ExpandRow expand, ExpandRow expand_fp32) {
+  DtypeKernels set{};
+  set.x_bytes = T::kXBytes;
+  set.max_m = kMaxActivations;
+  set.rows_one = rows_for(1);
+  set.rows_many = rows_for(2);
+  set.pack_x = pack_x<T>;
+  set.expand = expand;
+  set.expand_fp32 = expand_fp32;
+  fill<T, kMaxActivations>(set);
+  return set;
+}
+
+} // namespace
+
+const KernelSet& avx512_kernels() {
+  static const KernelSet set{"avx512",
+                             {kernels_for<Bf16Step>(expand_to_half, expand_to_fp32<Bf16>),
+                              kernels_for<Fp16Step>(expand_to_half, expand_to_fp32<Fp16>),
+                              kernels_for<Fp32Step>(expand_to_fp32<Fp32>, expand_to_fp32<Fp32>)}};
+  return set;
+}
+
+} // namespace sparse_engine

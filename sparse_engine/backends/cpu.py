@@ -1,0 +1,145 @@
+"""The native CPU kernels: packed weights read in place, expanded in registers (few rows) or in cache-sized tiles (many)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sparse_engine import native
+from sparse_engine.errors import InputError
+from sparse_engine.formats.base import VALUE_DTYPES
+from sparse_engine.ops import define_linear
+from sparse_engine.pattern import SparsityPattern
+from sparse_engine.registry import Kernel, Layout, Problem, register
+
+REGISTER_ROWS = 8
+"""Up to this many activation rows the weight is expanded in registers; above, a BLAS product over expanded tiles is faster."""
+
+TILE_BYTES = 1 << 20
+"""Size of one expanded tile: small enough to be still in cache when the product reads it."""
+
+
+def _check(x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor | None, bias: Tensor | None, n: int, m: int) -> None:
+    rows, columns = bitmask.shape[0], x.shape[-1]
+    if x.dtype != values.dtype or (bias is not None and bias.dtype != values.dtype):
+        given = f"x is {x.dtype}" if bias is None else f"x is {x.dtype} and the bias {bias.dtype}"
+        raise InputError(f"the packed weight is {values.dtype} but {given}: convert them to one type")
+    fits = bitmask.shape[1] == -(-columns // 8)
+    if row_offsets is None:
+        fits = fits and values.numel() * m == rows * columns * n
+    if not fits:
+        raise InputError(f"x has {columns} columns, which does not fit a packed weight with a bitmask of {tuple(bitmask.shape)}")
+    if bias is not None and bias.shape != (rows,):
+        raise InputError(f"the bias has shape {tuple(bias.shape)}, expected ({rows},) for a packed weight of {rows} rows")
+
+
+def _tiles(
+    values: Tensor, bitmask: Tensor, row_offsets: Tensor | None, columns: int, dtype: torch.dtype
+) -> Iterator[tuple[int, int, Tensor]]:
+    """(begin, end, dense rows begin .. end - 1 in ``dtype``) over all rows; each tile is overwritten by the next."""
+    rows = bitmask.shape[0]
+    step = max(1, min(rows, TILE_BYTES // max(1, columns * dtype.itemsize)))
+    scratch = torch.empty(step, columns, dtype=dtype)
+    threads = torch.get_num_threads()
+    for begin in range(0, rows, step):
+        end = min(begin + step, rows)
+        tile = scratch[: end - begin]
+        native.expand_tile(values, bitmask, row_offsets, columns, begin, end, tile, threads)
+        yield begin, end, tile
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    # Without AMX a dense fp32 product is the faster one, so 16-bit weights are expanded straight to fp32.
+    return dtype if dtype is torch.bfloat16 and native.has_amx_bf16() else torch.float32
+
+
+def _linear(x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor | None, bias: Tensor | None, n: int, m: int) -> Tensor:
+    _check(x, values, bitmask, row_offsets, bias, n, m)
+    rows, columns = bitmask.shape[0], x.shape[-1]
+    out = x.new_empty((*x.shape[:-1], rows))
+    if out.numel() <= REGISTER_ROWS * rows:
+        native.linear(
+            x.contiguous(),
+            values.contiguous(),
+            bitmask.contiguous(),
+            row_offsets,
+            None if bias is None else bias.contiguous(),
+            out,
+            torch.get_num_threads(),
+        )
+        return out
+    dtype = _compute_dtype(values.dtype)
+    dense_x, flat = x.reshape(-1, columns).to(dtype), out.view(-1, rows)
+    dense_bias = None if bias is None else bias.to(dtype)
+    for begin, end, tile in _tiles(values.contiguous(), bitmask.contiguous(), row_offsets, columns, dtype):
+        target = flat[:, begin:end] if dtype == x.dtype else dense_x.new_empty(flat.shape[0], end - begin)
+        if dense_bias is None:
+            torch.mm(dense_x, tile.t(), out=target)
+        else:
+            torch.addmm(dense_bias[begin:end], dense_x, tile.t(), out=target)
+        if dtype != x.dtype:
+            flat[:, begin:end] = target
+    return out
+
+
+_op = define_linear("cpu_linear", _linear, ("CPU",))
+
+
+class _Differentiable(torch.autograd.Function):
+    """The product with gradients for x and the bias; the packed weight is constant."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor | None, bias: Tensor | None, n: int, m: int
+    ) -> Tensor:
+        ctx.save_for_backward(values, bitmask, row_offsets)
+        ctx.columns = x.shape[-1]
+        return _op(x, values, bitmask, row_offsets, bias, n, m)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        values, bitmask, row_offsets = ctx.saved_tensors
+        flat = gradient.reshape(-1, bitmask.shape[0])
+        grad_x = _input_gradient(flat, values, bitmask, row_offsets, ctx.columns) if ctx.needs_input_grad[0] else None
+        grad_bias = flat.sum(0) if ctx.needs_input_grad[4] else None
+        return None if grad_x is None else grad_x.view(*gradient.shape[:-1], -1), None, None, None, grad_bias, None, None
+
+
+def _input_gradient(gradient: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor | None, columns: int) -> Tensor:
+    """Gradient (m, rows) by W, summed in fp32 over tiles of W's rows."""
+    total = torch.zeros(gradient.shape[0], columns)
+    for begin, end, tile in _tiles(values, bitmask, row_offsets, columns, torch.float32):
+        total.addmm_(gradient[:, begin:end].float(), tile)
+    return total.to(gradient.dtype)
+
+
+class CPUKernel(Kernel):
+    """AVX-512, AVX2 or portable C++, whichever the processor has; see ``csrc/include/sparse_engine.h``."""
+
+    name = "cpu"
+    formats: ClassVar[frozenset[str]] = frozenset({"nm", "unstructured"})
+    devices: ClassVar[frozenset[str]] = frozenset({"cpu"})
+    dtypes: ClassVar[frozenset[torch.dtype]] = frozenset(VALUE_DTYPES)
+
+    def unsupported(self, problem: Problem) -> str | None:
+        return native.available()
+
+    def cost(self, problem: Problem) -> float:
+        # Some 10 bytes of memory traffic and 10 multiply-adds per ns: the memory binds for few rows, the sums for many.
+        memory = problem.packed_nbytes * 1e-4
+        sums = problem.rows * problem.out_features * problem.in_features * 1e-5
+        return 5.0 + max(memory, sums)
+
+    def run(self, x: Tensor, layout: Layout, bias: Tensor | None, pattern: SparsityPattern) -> Tensor:
+        arguments = (x, layout["values"], layout["bitmask"], layout.get("row_offsets"), bias, pattern.n or 0, pattern.m or 0)
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            result: Tensor = _Differentiable.apply(*arguments)  # type: ignore[no-untyped-call]
+            return result
+        return _op(*arguments)
+
+
+register(CPUKernel())

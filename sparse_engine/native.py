@@ -1,0 +1,228 @@
+"""The native CPU library (``csrc``): found and loaded by ctypes once, its signatures and its status codes.
+
+The library lies in the package's folder. In a checkout that is not installed, the environment variable
+SPARSE_ENGINE_NATIVE_LIBRARY names the file. SPARSE_ENGINE_ISA (scalar, avx2 or avx512) forces a lower instruction-set level.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from functools import cache
+from pathlib import Path
+
+# torch first: its OpenMP runtime is then the one that the library's own threads run in.
+import torch
+from torch import Tensor
+
+from sparse_engine.errors import InputError, KernelUnavailableError
+
+__all__ = ["DTYPES", "available", "dense_linear", "expand_tile", "has_amx_bf16", "isa", "linear", "read", "set_isa", "supported_isas"]
+
+LIBRARY_VARIABLE = "SPARSE_ENGINE_NATIVE_LIBRARY"
+ISA_VARIABLE = "SPARSE_ENGINE_ISA"
+ABI_VERSION = 1
+
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+"""Value types of the library and their codes in its header."""
+
+_OUT_OF_MEMORY, _UNKNOWN_ISA, _UNSUPPORTED_ISA = 2, 3, 4
+
+_POINTER, _I32, _I64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+_SIGNATURES: dict[str, tuple[object, list[object]]] = {
+    "abi_version": (_I32, []),
+    "status_message": (ctypes.c_char_p, [_I32]),
+    "supported_isas": (ctypes.c_char_p, []),
+    "isa": (_I32, [ctypes.POINTER(ctypes.c_char_p)]),
+    "set_isa": (_I32, [ctypes.c_char_p]),
+    "has_amx_bf16": (_I32, []),
+    "linear": (_I32, [_I32, _POINTER, _POINTER, _I64, _POINTER, _POINTER, _I64, _POINTER, _POINTER, _I64, _I64, _I64, _I32]),
+    "dense_linear": (_I32, [_I32, _POINTER, _POINTER, _POINTER, _POINTER, _I64, _I64, _I64, _I32]),
+    "expand_tile": (_I32, [_I32, _I32, _POINTER, _I64, _POINTER, _POINTER, _I64, _I64, _I64, _I64, _POINTER, _I32]),
+    "read": (_I32, [_POINTER, _I64, _I32, ctypes.POINTER(ctypes.c_uint64)]),
+}
+
+
+class _Library:
+    """The loaded library's functions, by their names without the prefix."""
+
+    def __init__(self, path: Path) -> None:
+        handle = ctypes.CDLL(str(path))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(handle, f"sparse_engine_{name}")
+            function.restype, function.argtypes = result, arguments
+            setattr(self, name, function)
+
+    def __getattr__(self, name: str) -> ctypes._NamedFuncPointer:
+        raise AttributeError(name)
+
+
+def _path() -> Path:
+    if named := os.environ.get(LIBRARY_VARIABLE):
+        return Path(named)
+    suffix = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
+    return Path(__file__).parent / f"{'' if suffix == 'dll' else 'lib'}sparse_engine_cpu.{suffix}"
+
+
+@cache
+def _load() -> _Library | str:
+    """The library, or why there is none."""
+    path = _path()
+    if not path.is_file():
+        return f"needs the native library, and {path} does not exist: install the package, or build csrc and set {LIBRARY_VARIABLE}"
+    try:
+        library = _Library(path)
+    except (OSError, AttributeError) as error:
+        return f"needs the native library, and {path} cannot be loaded: {error}"
+    if (version := library.abi_version()) != ABI_VERSION:
+        return f"needs version {ABI_VERSION} of the native library, and {path} is version {version}: build it again"
+    return library
+
+
+def _library() -> _Library:
+    library = _load()
+    if isinstance(library, str):
+        raise KernelUnavailableError(f"the native CPU kernels cannot be used: this {library}")
+    return library
+
+
+def _raise(library: _Library, status: int, level: str) -> None:
+    if status in (_UNKNOWN_ISA, _UNSUPPORTED_ISA):
+        usable = library.supported_isas().decode().replace(",", ", ")
+        known = "unknown" if status == _UNKNOWN_ISA else "not supported by this machine or build"
+        raise InputError(f"instruction-set level {level!r} is {known}; usable here: {usable}")
+    message = library.status_message(status).decode()
+    if status == _OUT_OF_MEMORY:
+        raise MemoryError(message)
+    raise InputError(f"the native CPU library refused a call: {message}")
+
+
+def available() -> str | None:
+    """None when the library can be used, else the reason as a phrase that can follow a kernel's name.
+
+    Raises:
+        InputError: SPARSE_ENGINE_ISA names a level that is unknown or that this machine lacks.
+    """
+    library = _load()
+    if isinstance(library, str):
+        return library
+    isa()
+    return None
+
+
+def isa() -> str:
+    """The instruction-set level in use: "scalar", "avx2" or "avx512".
+
+    Raises:
+        InputError: SPARSE_ENGINE_ISA names a level that is unknown or that this machine lacks.
+        KernelUnavailableError: there is no usable library.
+    """
+    library = _library()
+    name = ctypes.c_char_p()
+    if status := library.isa(ctypes.byref(name)):
+        _raise(library, status, os.environ.get(ISA_VARIABLE, ""))
+    return (name.value or b"").decode()
+
+
+def supported_isas() -> list[str]:
+    """Levels that this machine and build can run, lowest first."""
+    text: str = _library().supported_isas().decode()
+    return text.split(",")
+
+
+def set_isa(name: str | None) -> None:
+    """Use level ``name`` from now on, or the highest supported one; not while a product runs.
+
+    Raises:
+        InputError: unknown or unsupported level.
+    """
+    library = _library()
+    if status := library.set_isa(None if name is None else name.encode()):
+        _raise(library, status, name or "")
+
+
+def has_amx_bf16() -> bool:
+    """Whether the processor has AMX tiles for bf16, with which dense bf16 products are faster than fp32 ones."""
+    return bool(_library().has_amx_bf16())
+
+
+def linear(
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    row_offsets: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    threads: int,
+) -> None:
+    """out = x Wᵀ + bias with W packed; x (m, columns), out (m, rows), all contiguous CPU tensors of the values' type."""
+    library = _library()
+    rows, columns = bitmask.shape[0], x.shape[-1]
+    count = values.numel()
+    if status := library.linear(
+        DTYPES[values.dtype],
+        x.data_ptr(),
+        values.data_ptr(),
+        count,
+        bitmask.data_ptr(),
+        None if row_offsets is None else row_offsets.data_ptr(),
+        count // rows if rows else 0,
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        out.numel() // rows if rows else 0,
+        rows,
+        columns,
+        threads,
+    ):
+        _raise(library, status, os.environ.get(ISA_VARIABLE, ""))
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, threads: int) -> None:
+    """out = x Wᵀ + bias with W (rows, columns) dense; x (m, columns), out (m, rows), all contiguous CPU tensors of one type."""
+    library = _library()
+    rows, columns = weight.shape
+    if status := library.dense_linear(
+        DTYPES[weight.dtype],
+        x.data_ptr(),
+        weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        out.numel() // rows if rows else 0,
+        rows,
+        columns,
+        threads,
+    ):
+        _raise(library, status, os.environ.get(ISA_VARIABLE, ""))
+
+
+def expand_tile(
+    values: Tensor, bitmask: Tensor, row_offsets: Tensor | None, columns: int, begin: int, end: int, out: Tensor, threads: int
+) -> None:
+    """Rows begin .. end - 1 of a packed weight into ``out`` (end - begin, columns), contiguous, of the values' type or fp32."""
+    library = _library()
+    rows, count = bitmask.shape[0], values.numel()
+    if status := library.expand_tile(
+        DTYPES[values.dtype],
+        DTYPES[out.dtype],
+        values.data_ptr(),
+        count,
+        bitmask.data_ptr(),
+        None if row_offsets is None else row_offsets.data_ptr(),
+        count // rows if rows else 0,
+        begin,
+        end,
+        columns,
+        out.data_ptr(),
+        threads,
+    ):
+        _raise(library, status, os.environ.get(ISA_VARIABLE, ""))
+
+
+def read(data: Tensor, threads: int) -> int:
+    """Sum of a contiguous tensor's bytes as 64-bit words: touches every byte once, the floor of any product over them."""
+    library = _library()
+    total = ctypes.c_uint64()
+    if status := library.read(data.data_ptr(), data.numel() * data.element_size(), threads, ctypes.byref(total)):
+        _raise(library, status, os.environ.get(ISA_VARIABLE, ""))
+    return total.value
