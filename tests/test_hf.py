@@ -215,8 +215,9 @@ def test_device_map(device_map: object, packed_24: Path, masked_24: OPTForCausal
     assert_close(got, logits(masked_24, tokens()), 1e-5)
 
 
-def test_compiles_to_one_graph(packed_dir: Path) -> None:
-    model = SparseOPTForCausalLM.from_pretrained(packed_dir)
+@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
+def test_compiles_to_one_graph(pattern: str, tiny_opt: Path) -> None:
+    model = SparseOPTForCausalLM.from_pretrained(tiny_opt, **keyword(pattern))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_close(logits(compiled, tokens()), logits(model, tokens()), 1e-5)
     compiled = torch.compile(model.to(torch.bfloat16), fullgraph=True, backend="aot_eager")

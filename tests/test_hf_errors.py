@@ -181,7 +181,7 @@ def test_backend_that_cannot_run_is_refused_before_weights_are_read(
     monkeypatch.setattr(SparseOPTForCausalLM, "_load_pretrained_model", lambda *args, **kwargs: pytest.fail("weights were read"))
     monkeypatch.setattr("sparse_engine.checkpoint.Checkpoint.tensor", lambda *args: pytest.fail("weights were read"))
     source, options = (packed, {}) if which == "packed" else (tiny_opt, {"nm": "2:4"})
-    with pytest.raises(KernelUnavailableError, match="refuses cannot run .* runs nothing"):
+    with pytest.raises(KernelUnavailableError, match=r"refuses cannot run .* runs nothing"):
         SparseOPTForCausalLM.from_pretrained(source, backend="refuses", **options)
 
 
