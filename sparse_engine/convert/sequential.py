@@ -61,15 +61,7 @@ def prune_layers(
             for full, stored in job.load(index).items():
                 _set_weight(layer, full.removeprefix(f"{prefix}."), stored)
         else:
-            statistics = _gather(source, layer, hidden, pruner.needs, device) if gathers else {}
-            packed: dict[str, PackedWeight] = {}
-            for group in family.linear_groups:
-                for name in group:
-                    full = f"{prefix}.{name}"
-                    weight = _linear(layer, name).weight.detach()
-                    new, mask = pruner.prune(weight, statistics.get(name), pattern, layer=full)
-                    packed[full] = formats.for_pattern(pattern).pack(new.to(dtype), mask, full).to("cpu")
-                    _set_weight(layer, name, packed[full])
+            packed = _prune_layer(source, layer, index, hidden, pruner, pattern, dtype)
             job.save(index, packed)
         if gathers and index + 1 < count:
             hidden = [_advance(source, layer, state, device) for state in hidden]
@@ -95,12 +87,28 @@ def _load_layer(source: Checkpoint, index: int, dtype: torch.dtype, device: torc
     return layer
 
 
-def _gather(source: Checkpoint, layer: nn.Module, hidden: list[Tensor], needs: Needs, device: torch.device) -> dict[str, Statistics]:
+def _prune_layer(
+    source: Checkpoint, layer: nn.Module, index: int, hidden: list[Tensor], pruner: Pruner, pattern: SparsityPattern, dtype: torch.dtype
+) -> dict[str, PackedWeight]:
+    """Prune all linears of ``layer``, which holds the new weights afterwards; the statistics are gone on return."""
+    prefix = source.family.layer_prefix(index)
+    statistics = {} if pruner.needs is Needs.NOTHING else _gather(source, layer, prefix, hidden, pruner.needs)
+    packed: dict[str, PackedWeight] = {}
+    for name in (name for group in source.family.linear_groups for name in group):
+        full = f"{prefix}.{name}"
+        new, mask = pruner.prune(_linear(layer, name).weight.detach(), statistics.get(name), pattern, layer=full)
+        packed[full] = formats.for_pattern(pattern).pack(new.to(dtype), mask, full).to("cpu")
+        _set_weight(layer, name, packed[full])
+    return packed
+
+
+def _gather(source: Checkpoint, layer: nn.Module, prefix: str, hidden: list[Tensor], needs: Needs) -> dict[str, Statistics]:
     statistics: dict[str, Statistics] = {}
     hooks = []
+    device = next(layer.parameters()).device
     for group in source.family.linear_groups:
         first = _linear(layer, group[0])
-        shared = statistics_for(needs, first.in_features, device)
+        shared = statistics_for(needs, first.in_features, device, name=f"{prefix}.{group[0]}")
         statistics.update(dict.fromkeys(group, shared))
         hooks.append(first.register_forward_pre_hook(lambda _module, inputs, shared=shared: shared.update(inputs[0])))
     try:
