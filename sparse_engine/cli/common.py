@@ -1,0 +1,96 @@
+"""Options and steps that several subcommands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from sparse_engine.errors import InputError, KernelUnavailableError
+
+__all__ = ["Backend", "Device", "Dtype", "load_model", "load_tokenizer", "mib", "parse_device", "parse_dtype", "quiet_transformers"]
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+Dtype = Annotated[str | None, typer.Option("--dtype", help="bf16, fp16 or fp32; default: the checkpoint's own.", metavar="TYPE")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
+Backend = Annotated[
+    str | None, typer.Option("--backend", help="Force one kernel by name; default: the fastest that fits (see `inspect --why`).")
+]
+
+
+def parse_dtype(text: str | None) -> torch.dtype | None:
+    if text is None:
+        return None
+    if text not in _DTYPES:
+        raise InputError(f"unknown --dtype {text!r}: use {', '.join(_DTYPES)}")
+    return _DTYPES[text]
+
+
+def parse_device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise InputError(f"unknown --device {text!r}: use cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {text} is not supported: use cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise KernelUnavailableError(f"--device {text} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    return device
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' own bars and notices off the terminal: this command line reports for itself."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer stored with a checkpoint.
+
+    Raises:
+        InputError: there is none that loads.
+    """
+    from transformers import AutoTokenizer
+
+    quiet_transformers()
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{path} has no tokenizer that loads ({reason}); copy tokenizer.json and tokenizer_config.json there") from None
+
+
+def load_model(path: Path, *, backend: str | None, dtype: torch.dtype | None, device: torch.device) -> Any:
+    """A checkpoint's model in evaluation mode: packed linears run packed, a dense checkpoint runs dense.
+
+    Raises:
+        InputError: ``backend`` is given for a dense checkpoint.
+        CheckpointError: the checkpoint cannot be used.
+        KernelUnavailableError: ``backend`` cannot run its layers.
+    """
+    from transformers import OPTForCausalLM
+
+    from sparse_engine.checkpoint import Checkpoint
+
+    quiet_transformers()
+    dense = Checkpoint(path).kind == "dense"
+    if dense and backend is not None:
+        raise InputError(f"{path} is dense and runs on torch's own linear; --backend chooses among kernels for packed checkpoints")
+    if dense:
+        # Our reader has refused pickled weights by now; safetensors alone are left to load.
+        model: Any = OPTForCausalLM.from_pretrained(path, dtype=dtype or "auto", use_safetensors=True)
+    else:
+        from sparse_engine.hf import SparseOPTForCausalLM
+
+        model = SparseOPTForCausalLM.from_pretrained(path, backend=backend, dtype=dtype or "auto")
+    return model.to(device).eval()
+
+
+def mib(nbytes: float) -> str:
+    """A number of bytes as text, in MiB or GiB."""
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.2f} MiB"

@@ -1,0 +1,65 @@
+"""``sparse-engine summarize``: summaries of bills from files."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparse_engine.cli.app import app
+from sparse_engine.cli.common import Backend, Device, Dtype, load_model, load_tokenizer, parse_device, parse_dtype, quiet_transformers
+from sparse_engine.errors import InputError
+from sparse_engine.progress import console_track
+
+
+@app.command(epilog="Example: sparse-engine summarize bill.txt more-bills.jsonl.gz --out summaries.jsonl")
+def summarize(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help=".txt (one bill each) or .jsonl with `text` (also .gz, .zst).")],
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="CKPT", help="Summariser; default: the one that ships, packed 2:4.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write JSONL here; default: text to standard output.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens of a summary.")] = 128,
+    backend: Backend = None,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+) -> None:
+    """Summarise bills with a model fine-tuned on the study's prompt."""
+    stored, place = parse_dtype(dtype), parse_device(device)
+
+    from sparse_engine.data.files import read_documents
+    from sparse_engine.evaluate.summarise import summarise
+
+    rows = [{"file": str(file), **row} for file in files for row in read_documents(file)]
+    if out is not None and not out.parent.is_dir():
+        raise InputError(f"--out {out}: there is no directory {out.parent}")
+    quiet_transformers()
+    with tempfile.TemporaryDirectory() as scratch:
+        if model is None:
+            from sparse_engine.demo.embedded import pack
+
+            typer.echo("packing the embedded 7M summariser to 2:4; --model CKPT takes another", err=True)
+            path = pack(Path(scratch) / "packed").out
+        else:
+            from sparse_engine.checkpoint import resolve
+
+            path = resolve(model)
+        tokenizer = load_tokenizer(path)
+        loaded = load_model(path, backend=backend, dtype=stored, device=place)
+        texts = [row["text"] for row in rows]
+        summaries = summarise(loaded, tokenizer, texts, max_new_tokens=max_new_tokens, track=console_track)
+    if out is not None:
+        lines = []
+        for row, summary in zip(rows, summaries, strict=True):
+            known = {key: row[key] for key in ("file", "bill_id", "title") if isinstance(row.get(key), str)}
+            lines.append(json.dumps({**known, "summary": summary.text}, ensure_ascii=False) + "\n")
+        out.write_text("".join(lines), encoding="utf-8")
+        typer.echo(f"{len(lines)} summaries written to {out}", err=True)
+        return
+    for row, summary in zip(rows, summaries, strict=True):
+        if len(rows) > 1:
+            typer.echo(f"== {row.get('title') or row.get('bill_id') or row['file']}")
+        typer.echo(summary.text + ("\n" if len(rows) > 1 else ""))
