@@ -30,20 +30,10 @@ _FLOPS_PER_US = 0.7e9
 
 
 def _wrap(compressed: Tensor, rows: int, columns: int) -> Tensor:
-    with warnings.catch_warnings():
-        # Its first use announces that the interface is a prototype.
-        warnings.simplefilter("ignore", UserWarning)
-        wrapped: Tensor = SparseSemiStructuredTensorCUSPARSELT(
-            # With the transposition fused the product comes out row-major and needs no copy.
-            torch.Size((rows, columns)),
-            compressed,
-            None,
-            None,
-            None,
-            None,
-            fuse_transpose_cusparselt=True,
-        )
-        return wrapped
+    # With the transposition fused the product comes out row-major and needs no copy.
+    shape = torch.Size((rows, columns))
+    wrapped: Tensor = SparseSemiStructuredTensorCUSPARSELT(shape, compressed, None, None, None, None, fuse_transpose_cusparselt=True)
+    return wrapped
 
 
 def _linear(x: Tensor, compressed: Tensor, bitmask: Tensor, bias: Tensor | None) -> Tensor:
@@ -99,7 +89,12 @@ class TorchSemiStructuredKernel(Kernel):
 
     def prepare(self, packed: PackedWeight) -> Layout:
         dense = formats.get(packed.format).unpack(packed)
-        return {"compressed": torch._cslt_compress(dense), "bitmask": packed.tensors["bitmask"]}
+        compressed = torch._cslt_compress(dense)
+        with warnings.catch_warnings():
+            # The first tensor of this class announces that its interface is a prototype; here rather than in the hot path.
+            warnings.simplefilter("ignore", UserWarning)
+            _wrap(compressed, *packed.shape)
+        return {"compressed": compressed, "bitmask": packed.tensors["bitmask"]}
 
     def recover(self, layout: Layout, packed: PackedWeight) -> PackedWeight:
         rows, columns = packed.shape
