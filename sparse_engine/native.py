@@ -37,9 +37,9 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "isa": (_I32, [ctypes.POINTER(ctypes.c_char_p)]),
     "set_isa": (_I32, [ctypes.c_char_p]),
     "has_amx_bf16": (_I32, []),
-    "linear": (_I32, [_I32, _POINTER, _POINTER, _I64, _POINTER, _POINTER, _I64, _POINTER, _POINTER, _I64, _I64, _I64, _I32]),
+    "linear": (_I32, [_I32, _POINTER, _POINTER, _I64, _POINTER, _POINTER, _I64, _I64, _POINTER, _POINTER, _I64, _I64, _I64, _I32]),
     "dense_linear": (_I32, [_I32, _POINTER, _POINTER, _POINTER, _POINTER, _I64, _I64, _I64, _I32]),
-    "expand_tile": (_I32, [_I32, _I32, _POINTER, _I64, _POINTER, _POINTER, _I64, _I64, _I64, _I64, _POINTER, _I32]),
+    "expand_tile": (_I32, [_I32, _I32, _POINTER, _I64, _POINTER, _POINTER, _I64, _I64, _I64, _I64, _I64, _POINTER, _I32]),
     "read": (_I32, [_POINTER, _I64, _I32, ctypes.POINTER(ctypes.c_uint64)]),
 }
 
@@ -153,10 +153,14 @@ def linear(
     bitmask: Tensor,
     row_offsets: Tensor | None,
     bias: Tensor | None,
+    group: int,
     out: Tensor,
     threads: int,
 ) -> None:
-    """out = x Wᵀ + bias with W packed; x (m, columns), out (m, rows), all contiguous CPU tensors of the values' type."""
+    """out = x Wᵀ + bias with W packed; x (m, columns), out (m, rows), all contiguous CPU tensors of the values' type.
+
+    ``group`` is M of an N:M pattern and 0 for an unstructured one.
+    """
     library = _library()
     rows, columns = bitmask.shape[0], x.shape[-1]
     count = values.numel()
@@ -168,6 +172,7 @@ def linear(
         bitmask.data_ptr(),
         None if row_offsets is None else row_offsets.data_ptr(),
         count // rows if rows else 0,
+        group,
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
         out.numel() // rows if rows else 0,
@@ -197,7 +202,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, th
 
 
 def expand_tile(
-    values: Tensor, bitmask: Tensor, row_offsets: Tensor | None, columns: int, begin: int, end: int, out: Tensor, threads: int
+    values: Tensor, bitmask: Tensor, row_offsets: Tensor | None, group: int, columns: int, begin: int, end: int, out: Tensor, threads: int
 ) -> None:
     """Rows begin .. end - 1 of a packed weight into ``out`` (end - begin, columns), contiguous, of the values' type or fp32."""
     library = _library()
@@ -210,6 +215,7 @@ def expand_tile(
         bitmask.data_ptr(),
         None if row_offsets is None else row_offsets.data_ptr(),
         count // rows if rows else 0,
+        group,
         begin,
         end,
         columns,

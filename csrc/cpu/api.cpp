@@ -17,7 +17,7 @@ bool valid(const PackedWeight& w, int64_t rows) {
   if (rows > 0 && w.columns > 0 && !w.bitmask) return false;
   if (w.values_count > 0 && !w.values) return false;
   if (w.row_offsets) return w.row_offsets[0] == 0 && w.row_offsets[rows] <= w.values_count;
-  return w.row_values >= 0 && w.row_values <= w.columns && rows * w.row_values <= w.values_count;
+  return w.group >= 0 && w.row_values >= 0 && w.row_values <= w.columns && rows * w.row_values <= w.values_count;
 }
 
 } // namespace
@@ -49,12 +49,19 @@ int32_t sparse_engine_set_isa(const char* name) { return choose_kernels(name); }
 int32_t sparse_engine_has_amx_bf16(void) { return has_amx_bf16(); }
 
 int32_t sparse_engine_linear(int32_t dtype, const void* x, const void* values, int64_t values_count, const uint8_t* bitmask,
-                             const int64_t* row_offsets, int64_t row_values, const void* bias, void* y, int64_t m, int64_t rows,
-                             int64_t columns, int32_t threads) {
+                             const int64_t* row_offsets, int64_t row_values, int64_t group, const void* bias, void* y, int64_t m,
+                             int64_t rows, int64_t columns, int32_t threads) {
   const KernelSet* set;
   if (int32_t status = current_kernels(&set)) return status;
   if (!known(dtype) || m < 0 || threads < 1) return SPARSE_ENGINE_BAD_ARGUMENT;
-  PackedWeight w{static_cast<const uint8_t*>(values), values_count, element_bytes(dtype), bitmask, row_offsets, row_values, columns};
+  PackedWeight w{static_cast<const uint8_t*>(values),
+                 values_count,
+                 element_bytes(dtype),
+                 bitmask,
+                 row_offsets,
+                 row_values,
+                 row_offsets ? 0 : group,
+                 columns};
   if (!valid(w, rows)) return SPARSE_ENGINE_BAD_ARGUMENT;
   if (m == 0 || rows == 0) return SPARSE_ENGINE_OK;
   if (!y || (!x && columns > 0)) return SPARSE_ENGINE_BAD_ARGUMENT;
@@ -72,13 +79,20 @@ int32_t sparse_engine_dense_linear(int32_t dtype, const void* x, const void* wei
 }
 
 int32_t sparse_engine_expand_tile(int32_t dtype, int32_t out_dtype, const void* values, int64_t values_count, const uint8_t* bitmask,
-                                  const int64_t* row_offsets, int64_t row_values, int64_t row_begin, int64_t row_end, int64_t columns,
-                                  void* out, int32_t threads) {
+                                  const int64_t* row_offsets, int64_t row_values, int64_t group, int64_t row_begin, int64_t row_end,
+                                  int64_t columns, void* out, int32_t threads) {
   const KernelSet* set;
   if (int32_t status = current_kernels(&set)) return status;
   if (!known(dtype) || (out_dtype != dtype && out_dtype != SPARSE_ENGINE_FP32) || row_begin < 0 || row_end < row_begin || threads < 1)
     return SPARSE_ENGINE_BAD_ARGUMENT;
-  PackedWeight w{static_cast<const uint8_t*>(values), values_count, element_bytes(dtype), bitmask, row_offsets, row_values, columns};
+  PackedWeight w{static_cast<const uint8_t*>(values),
+                 values_count,
+                 element_bytes(dtype),
+                 bitmask,
+                 row_offsets,
+                 row_values,
+                 row_offsets ? 0 : group,
+                 columns};
   if (!valid(w, row_end)) return SPARSE_ENGINE_BAD_ARGUMENT;
   if (row_begin == row_end || columns == 0) return SPARSE_ENGINE_OK;
   if (!out) return SPARSE_ENGINE_BAD_ARGUMENT;

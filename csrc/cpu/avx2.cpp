@@ -70,11 +70,19 @@ constexpr ShuffleBf16 kBf16 = make_bf16();
 constexpr ShuffleHalf kHalf = make_half();
 constexpr PermuteFp32 kFp32 = make_fp32();
 
+// Each type also expands two mask bytes of 4 values each, `next` being the second one: for the 16-bit types with one load.
+
 struct Bf16Lanes : Bf16 {
-  static inline __m256 expand(const uint8_t* values, unsigned mask) {
+  static constexpr int kEntryBytes = sizeof(kBf16.index[0]);
+  static inline __m256i entry(uint64_t offset) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(kBf16.index[0] + offset)); }
+  static inline __m256 expand_pair(const uint8_t* values, uint64_t offset, uint64_t next_offset, __m256& next) {
     __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
-    __m256i index = _mm256_load_si256(reinterpret_cast<const __m256i*>(kBf16.index[mask]));
-    return _mm256_castsi256_ps(_mm256_shuffle_epi8(both, index));
+    next = _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_srli_si256(both, 8), entry(next_offset)));
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(both, entry(offset)));
+  }
+  static inline __m256 expand(const uint8_t* values, uint64_t offset) {
+    __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(both, entry(offset)));
   }
   static inline __m256 widen(const uint8_t* p) {
     __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -82,19 +90,31 @@ struct Bf16Lanes : Bf16 {
   }
 };
 
-inline __m128i expand_half(const uint8_t* values, unsigned mask) {
-  __m128i index = _mm_load_si128(reinterpret_cast<const __m128i*>(kHalf.index[mask]));
-  return _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)), index);
+inline __m128i half_entry(uint64_t offset) { return _mm_load_si128(reinterpret_cast<const __m128i*>(kHalf.index[0] + offset)); }
+
+inline __m128i expand_half(const uint8_t* values, uint64_t offset) {
+  return _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)), half_entry(offset));
 }
 
 struct Fp16Lanes : Fp16 {
-  static inline __m256 expand(const uint8_t* values, unsigned mask) { return _mm256_cvtph_ps(expand_half(values, mask)); }
+  static constexpr int kEntryBytes = sizeof(kHalf.index[0]);
+  static inline __m256 expand_pair(const uint8_t* values, uint64_t offset, uint64_t next_offset, __m256& next) {
+    __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+    next = _mm256_cvtph_ps(_mm_shuffle_epi8(_mm_srli_si128(both, 8), half_entry(next_offset)));
+    return _mm256_cvtph_ps(_mm_shuffle_epi8(both, half_entry(offset)));
+  }
+  static inline __m256 expand(const uint8_t* values, uint64_t offset) { return _mm256_cvtph_ps(expand_half(values, offset)); }
   static inline __m256 widen(const uint8_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 };
 
 struct Fp32Lanes : Fp32 {
-  static inline __m256 expand(const uint8_t* values, unsigned mask) {
-    __m256i index = _mm256_load_si256(reinterpret_cast<const __m256i*>(kFp32.index[mask]));
+  static constexpr int kEntryBytes = sizeof(kFp32.index[0]);
+  static inline __m256 expand_pair(const uint8_t* values, uint64_t offset, uint64_t next_offset, __m256& next) {
+    next = expand(values + 16, next_offset);
+    return expand(values, offset);
+  }
+  static inline __m256 expand(const uint8_t* values, uint64_t offset) {
+    __m256i index = _mm256_load_si256(reinterpret_cast<const __m256i*>(kFp32.index[0] + offset / 4));
     __m256 spread = _mm256_permutevar8x32_ps(_mm256_loadu_ps(reinterpret_cast<const float*>(values)), index);
     return _mm256_blendv_ps(spread, _mm256_setzero_ps(), _mm256_castsi256_ps(index));
   }
@@ -108,7 +128,8 @@ inline float sum_of(__m256 v) {
 }
 
 // Activations become fp32 (padded_columns / 8, m, 8): one running pointer with constant offsets.
-template <class T> void pack_x(const void* x, int m, int64_t columns, int64_t padded_columns, void* packed) {
+template <class T>
+void pack_x(const void* x, int m, int64_t columns, int64_t padded_columns, void* packed) {
   constexpr int64_t kBytes = sizeof(typename T::Storage);
   auto source = static_cast<const uint8_t*>(x);
   auto target = static_cast<float*>(packed);
@@ -127,66 +148,119 @@ template <class T> void pack_x(const void* x, int m, int64_t columns, int64_t pa
 // Bytes ahead of its row's pointer that a prefetch touches. Rows of one stream lie end to end, so it runs on into the next.
 constexpr int kPrefetch = 1024;
 
-template <class T, int M, int R> struct Block {
+// F values are kept by every mask byte (N:M with M dividing 8); 0 when their number must be counted.
+template <class T, int M, int R, int F>
+struct Block {
   static constexpr int kBytes = sizeof(typename T::Storage);
+  // One activation row leaves registers for two sums per weight row, which halves the wait for the previous addition.
+  static constexpr int kSums = M == 1 ? 2 : M;
   const uint8_t* values[R];
+  const uint8_t* bitmask[R];
   const float* x;
-  __m256 sum[R][M];
+  __m256 sum[R][kSums];
 
-  inline void byte(uint64_t (&bits)[R]) {
+  inline uint64_t offset_of(int r, int b, unsigned valid = 0xff) const { return uint64_t(bitmask[r][b] & valid) * T::kEntryBytes; }
+
+  // The 8 columns of row r's mask byte b, the next one. A table offset has as many bits set as its byte has.
+  inline __m256 take(int r, int b, unsigned valid = 0xff) {
+    uint64_t offset = offset_of(r, b, valid);
+    if constexpr (F > 0) return T::expand(values[r] + b * F * kBytes, offset);
+    __m256 w = T::expand(values[r], offset);
+    values[r] += kBytes * __builtin_popcountll(offset);
+    return w;
+  }
+
+  // Mask bytes b and b + 1.
+  inline void take_pair(int r, int b, __m256 (&w)[2]) {
+    if constexpr (F == 4) {
+      w[0] = T::expand_pair(values[r] + b * F * kBytes, offset_of(r, b), offset_of(r, b + 1), w[1]);
+    } else {
+      w[0] = take(r, b);
+      w[1] = take(r, b + 1);
+    }
+  }
+
+  // Mask byte b of every row. The rows go side by side and share each load of the activations.
+  inline void byte(int b, unsigned valid = 0xff) {
     __m256 w[R];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      unsigned mask = bits[r] & 0xff;
-      bits[r] >>= 8;
-      w[r] = T::expand(values[r], mask);
-      values[r] += kBytes * __builtin_popcount(mask);
-    }
+    for (int r = 0; r < R; ++r)
+      w[r] = take(r, b, valid);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
-      __m256 xm = _mm256_loadu_ps(x + 8 * m);
+      __m256 xm = _mm256_loadu_ps(x + 8 * (b * M + m));
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r)
         sum[r][m] = _mm256_fmadd_ps(w[r], xm, sum[r][m]);
     }
-    x += 8 * M;
+  }
+
+  // 8 mask bytes of every row: 64 columns.
+  inline void word() {
+    if constexpr (M == 1) {
+      // 32 columns of the one activation row stay in registers while the weight rows take turns.
+#pragma GCC unroll 2
+      for (int half = 0; half < 8; half += 4) {
+        __m256 xs[4];
+#pragma GCC unroll 4
+        for (int b = 0; b < 4; ++b)
+          xs[b] = _mm256_loadu_ps(x + 8 * (half + b));
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+          for (int b = 0; b < 4; b += 2) {
+            __m256 w[2];
+            take_pair(r, half + b, w);
+            sum[r][0] = _mm256_fmadd_ps(w[0], xs[b], sum[r][0]);
+            sum[r][1] = _mm256_fmadd_ps(w[1], xs[b + 1], sum[r][1]);
+          }
+      }
+    } else {
+#pragma GCC unroll 8
+      for (int b = 0; b < 8; ++b)
+        byte(b);
+    }
+    advance(8);
+  }
+
+  inline void advance(int bytes) {
+    for (int r = 0; r < R; ++r) {
+      values[r] += bytes * F * kBytes;
+      bitmask[r] += bytes;
+    }
+    x += bytes * 8 * M;
   }
 };
 
-template <class T, int M, int R>
+template <class T, int M, int R, int F>
 void packed_rows(const uint8_t* const* values, const uint8_t* const* bitmask, const void* x, int64_t columns, float* out) {
-  Block<T, M, R> block;
+  Block<T, M, R, F> block;
   block.x = static_cast<const float*>(x);
   for (int r = 0; r < R; ++r) {
     block.values[r] = values[r];
-    for (int m = 0; m < M; ++m)
-      block.sum[r][m] = _mm256_setzero_ps();
+    block.bitmask[r] = bitmask[r];
+    for (int i = 0; i < block.kSums; ++i)
+      block.sum[r][i] = _mm256_setzero_ps();
   }
-  uint64_t bits[R];
-  int64_t words = columns / 64;
-  for (int64_t word = 0; word < words; ++word) {
-#pragma GCC unroll 4
+  for (int64_t word = columns / 64; word > 0; --word) {
     for (int r = 0; r < R; ++r) {
-      memcpy(&bits[r], bitmask[r] + 8 * word, 8);
       _mm_prefetch(reinterpret_cast<const char*>(block.values[r] + kPrefetch), _MM_HINT_T0);
-      if (Block<T, M, R>::kBytes == 4) _mm_prefetch(reinterpret_cast<const char*>(block.values[r] + kPrefetch + 64), _MM_HINT_T0);
+      if (block.kBytes == 4) _mm_prefetch(reinterpret_cast<const char*>(block.values[r] + kPrefetch + 64), _MM_HINT_T0);
     }
-#pragma GCC unroll 8
-    for (int b = 0; b < 8; ++b)
-      block.byte(bits);
+    block.word();
   }
-  if (int64_t left = columns - 64 * words; left != 0) {
-    for (int r = 0; r < R; ++r)
-      bits[r] = tail_bits(bitmask[r], words, columns);
-    for (int64_t b = 0; 8 * b < left; ++b)
-      block.byte(bits);
+  for (int64_t byte = columns % 64 / 8; byte > 0; --byte) {
+    block.byte(0);
+    block.advance(1);
   }
+  if (int left = int(columns % 8); left != 0) block.byte(0, (1u << left) - 1);
   for (int r = 0; r < R; ++r)
     for (int m = 0; m < M; ++m)
-      out[r * M + m] = sum_of(block.sum[r][m]);
+      out[r * M + m] = sum_of(M == 1 ? _mm256_add_ps(block.sum[r][0], block.sum[r][1]) : block.sum[r][m]);
 }
 
-template <class T, int M, int R> void dense_rows(const uint8_t* const* weight, const void* x, int64_t columns, float* out) {
+template <class T, int M, int R>
+void dense_rows(const uint8_t* const* weight, const void* x, int64_t columns, float* out) {
   constexpr int64_t kBytes = sizeof(typename T::Storage);
   auto activations = static_cast<const float*>(x);
   __m256 sum[R][M];
@@ -234,46 +308,50 @@ template <class T, int M, int R> void dense_rows(const uint8_t* const* weight, c
 }
 
 // Writes one mask byte's 8 elements at a time; the last, shorter group goes through a buffer.
-template <int ValueBytes, int OutBytes, class Expand>
+template <int ValueBytes, int OutBytes, int EntryBytes, class Expand>
 inline void expand_row(const uint8_t* values, const uint8_t* bitmask, int64_t columns, void* out, Expand expand) {
   auto target = static_cast<uint8_t*>(out);
   int64_t whole = columns / 8;
   for (int64_t b = 0; b < whole; ++b) {
-    expand(values, bitmask[b], target);
+    expand(values, uint64_t(bitmask[b]) * EntryBytes, target);
     values += ValueBytes * __builtin_popcount(bitmask[b]);
     target += 8 * OutBytes;
   }
   if (int64_t left = columns - 8 * whole; left != 0) {
     uint8_t group[8 * OutBytes];
-    expand(values, bitmask[whole] & ((1u << left) - 1), group);
+    expand(values, uint64_t(bitmask[whole] & ((1u << left) - 1)) * EntryBytes, group);
     memcpy(target, group, size_t(left * OutBytes));
   }
 }
 
 void expand_to_half(const uint8_t* values, const uint8_t* bitmask, int64_t columns, void* out) {
-  expand_row<2, 2>(values, bitmask, columns, out, [](const uint8_t* from, unsigned mask, uint8_t* to) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), expand_half(from, mask));
+  expand_row<2, 2, sizeof(kHalf.index[0])>(values, bitmask, columns, out, [](const uint8_t* from, uint64_t offset, uint8_t* to) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), expand_half(from, offset));
   });
 }
 
-template <class T> void expand_to_fp32(const uint8_t* values, const uint8_t* bitmask, int64_t columns, void* out) {
-  expand_row<sizeof(typename T::Storage), 4>(values, bitmask, columns, out, [](const uint8_t* from, unsigned mask, uint8_t* to) {
-    _mm256_storeu_ps(reinterpret_cast<float*>(to), T::expand(from, mask));
-  });
+template <class T>
+void expand_to_fp32(const uint8_t* values, const uint8_t* bitmask, int64_t columns, void* out) {
+  expand_row<sizeof(typename T::Storage), 4, T::kEntryBytes>(
+      values, bitmask, columns, out,
+      [](const uint8_t* from, uint64_t offset, uint8_t* to) { _mm256_storeu_ps(reinterpret_cast<float*>(to), T::expand(from, offset)); });
 }
 
 // 16 registers hold R·M sums, R weights and one activation.
-constexpr int rows_for(int m) { return m == 1 ? 4 : 3; }
+constexpr int rows_for(int m) { return m == 1 ? 4 : 2; }
 
-template <class T, int M> void fill(DtypeKernels& set) {
-  set.packed[M] = packed_rows<T, M, rows_for(M)>;
-  set.packed_one[M] = packed_rows<T, M, 1>;
+template <class T, int M>
+void fill(DtypeKernels& set) {
+  set.packed[0][M] = packed_rows<T, M, rows_for(M), 0>;
+  set.packed[1][M] = packed_rows<T, M, rows_for(M), 4>;
+  set.packed_one[M] = packed_rows<T, M, 1, 0>;
   set.dense[M] = dense_rows<T, M, rows_for(M)>;
   set.dense_one[M] = dense_rows<T, M, 1>;
   if constexpr (M > 1) fill<T, M - 1>(set);
 }
 
-template <class T> DtypeKernels kernels_for(ExpandRow expand) {
+template <class T>
+DtypeKernels kernels_for(ExpandRow expand) {
   constexpr int kMostActivations = 4;
   DtypeKernels set{};
   set.x_bytes = sizeof(float);

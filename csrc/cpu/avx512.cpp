@@ -73,7 +73,8 @@ struct Fp32Step : Fp32 {
 };
 
 // Activations become (padded_columns / kColumns, m, kColumns) of bf16 or fp32: one running pointer with constant offsets.
-template <class T> void pack_x(const void* x, int m, int64_t columns, int64_t padded_columns, void* packed) {
+template <class T>
+void pack_x(const void* x, int m, int64_t columns, int64_t padded_columns, void* packed) {
   constexpr int64_t kBytes = sizeof(typename T::Storage);
   auto source = static_cast<const uint8_t*>(x);
   auto target = static_cast<uint8_t*>(packed);
@@ -88,7 +89,8 @@ template <class T> void pack_x(const void* x, int m, int64_t columns, int64_t pa
 // Bytes ahead of its row's pointer that a prefetch touches. Rows of one stream lie end to end, so it runs on into the next.
 constexpr int kPrefetch = 2048;
 
-template <class T, int M, int R> struct Block {
+template <class T, int M, int R>
+struct Block {
   static constexpr int kBytes = sizeof(typename T::Storage);
   static constexpr uint64_t kStepMask = (uint64_t(1) << T::kColumns) - 1;
   const uint8_t* values[R];
@@ -157,7 +159,8 @@ void packed_rows(const uint8_t* const* values, const uint8_t* const* bitmask, co
   block.finish(out);
 }
 
-template <class T, int M, int R> void dense_rows(const uint8_t* const* weight, const void* x, int64_t columns, float* out) {
+template <class T, int M, int R>
+void dense_rows(const uint8_t* const* weight, const void* x, int64_t columns, float* out) {
   constexpr int kStepBytes = T::kColumns * Block<T, M, R>::kBytes;
   Block<T, M, R> block(weight, x);
   typename T::Weights w[R];
@@ -200,7 +203,8 @@ inline __m512 expand_16(const Fp16&, const uint8_t* values, __mmask16 mask) {
 
 inline __m512 expand_16(const Fp32&, const uint8_t* values, __mmask16 mask) { return Fp32Step::expand(values, mask); }
 
-template <class T> void expand_to_fp32(const uint8_t* values, const uint8_t* bitmask, int64_t columns, void* out) {
+template <class T>
+void expand_to_fp32(const uint8_t* values, const uint8_t* bitmask, int64_t columns, void* out) {
   auto target = static_cast<float*>(out);
   for (int64_t c = 0; c < columns; c += 64) {
     uint64_t bits = tail_bits(bitmask, c / 64, columns - c < 64 ? columns : c + 64);
@@ -215,15 +219,17 @@ template <class T> void expand_to_fp32(const uint8_t* values, const uint8_t* bit
 // 32 registers hold R·M sums, R weights (twice as many in fp16) and one activation.
 constexpr int rows_for(int m) { return m == 1 ? 4 : 3; }
 
-template <class T, int M> void fill(DtypeKernels& set) {
-  set.packed[M] = packed_rows<T, M, rows_for(M)>;
+template <class T, int M>
+void fill(DtypeKernels& set) {
+  set.packed[0][M] = set.packed[1][M] = packed_rows<T, M, rows_for(M)>;
   set.packed_one[M] = packed_rows<T, M, 1>;
   set.dense[M] = dense_rows<T, M, rows_for(M)>;
   set.dense_one[M] = dense_rows<T, M, 1>;
   if constexpr (M > 1) fill<T, M - 1>(set);
 }
 
-template <class T> DtypeKernels kernels_for(ExpandRow expand, ExpandRow expand_fp32) {
+template <class T>
+DtypeKernels kernels_for(ExpandRow expand, ExpandRow expand_fp32) {
   DtypeKernels set{};
   set.x_bytes = T::kXBytes;
   set.max_m = kMaxActivations;

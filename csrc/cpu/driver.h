@@ -18,6 +18,7 @@ struct PackedWeight {
   const uint8_t* bitmask;
   const int64_t* row_offsets; // NULL: every row has row_values
   int64_t row_values;
+  int64_t group; // M of N:M, or 0
   int64_t columns;
 
   int64_t start(int64_t row) const { return row_offsets ? row_offsets[row] : row * row_values; }

@@ -40,7 +40,7 @@ struct DtypeKernels {
   int rows_one;  // R of packed[1] and dense[1]
   int rows_many; // R of packed[M] and dense[M] for M > 1
   PackActivations pack_x;
-  PackedRows packed[kMaxActivations + 1];     // [M], for R rows
+  PackedRows packed[2][kMaxActivations + 1];  // [every mask byte keeps 4 values][M], for R rows
   PackedRows packed_one[kMaxActivations + 1]; // [M], for one row
   DenseRows dense[kMaxActivations + 1];
   DenseRows dense_one[kMaxActivations + 1];

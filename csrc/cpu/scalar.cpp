@@ -7,7 +7,8 @@ namespace sparse_engine {
 namespace {
 
 // Activations become fp32 (columns, m): the m values that meet one weight lie side by side.
-template <class T> void pack_x(const void* x, int m, int64_t columns, int64_t padded_columns, void* packed) {
+template <class T>
+void pack_x(const void* x, int m, int64_t columns, int64_t padded_columns, void* packed) {
   auto source = static_cast<const uint8_t*>(x);
   auto target = static_cast<float*>(packed);
   for (int64_t c = 0; c < padded_columns; ++c)
@@ -35,7 +36,8 @@ void packed_row(const uint8_t* const* values, const uint8_t* const* bitmask, con
     out[m] = sum[m];
 }
 
-template <class T, int M> void dense_row(const uint8_t* const* weight, const void* x, int64_t columns, float* out) {
+template <class T, int M>
+void dense_row(const uint8_t* const* weight, const void* x, int64_t columns, float* out) {
   auto activations = static_cast<const float*>(x);
   float sum[M] = {};
   for (int64_t c = 0; c < columns; ++c) {
@@ -47,7 +49,8 @@ template <class T, int M> void dense_row(const uint8_t* const* weight, const voi
     out[m] = sum[m];
 }
 
-template <class T, class Out> void expand_row(const uint8_t* values, const uint8_t* bitmask, int64_t columns, void* out) {
+template <class T, class Out>
+void expand_row(const uint8_t* values, const uint8_t* bitmask, int64_t columns, void* out) {
   auto target = static_cast<typename Out::Storage*>(out);
   for (int64_t c = 0; c < columns; ++c) {
     bool kept = (bitmask[c >> 3] >> (c & 7)) & 1;
@@ -56,13 +59,15 @@ template <class T, class Out> void expand_row(const uint8_t* values, const uint8
   }
 }
 
-template <class T, int M> void fill(DtypeKernels& set) {
-  set.packed[M] = set.packed_one[M] = packed_row<T, M>;
+template <class T, int M>
+void fill(DtypeKernels& set) {
+  set.packed[0][M] = set.packed[1][M] = set.packed_one[M] = packed_row<T, M>;
   set.dense[M] = set.dense_one[M] = dense_row<T, M>;
   if constexpr (M > 1) fill<T, M - 1>(set);
 }
 
-template <class T> DtypeKernels kernels_for() {
+template <class T>
+DtypeKernels kernels_for() {
   DtypeKernels set{};
   set.x_bytes = sizeof(float);
   set.max_m = kMaxActivations;

@@ -79,14 +79,15 @@ SPARSE_ENGINE_API int32_t sparse_engine_has_amx_bf16(void);
  *   bitmask      see above
  *   row_offsets  see above, or NULL
  *   row_values   values per row when row_offsets is NULL, else ignored
+ *   group        M of N:M when row_offsets is NULL, else ignored; 0 when the row's values are not spread evenly over groups
  *   bias         (rows,), or NULL
  *   y            (m, rows), row-major, contiguous; every element is written
  *   m            activation rows, >= 0; meant for few (the weight is read from memory once, expanded once per 4 or 8 rows)
  *   threads      OpenMP threads to use at most, >= 1; ignored by a build without OpenMP
  */
 SPARSE_ENGINE_API int32_t sparse_engine_linear(int32_t dtype, const void* x, const void* values, int64_t values_count,
-                                               const uint8_t* bitmask, const int64_t* row_offsets, int64_t row_values, const void* bias,
-                                               void* y, int64_t m, int64_t rows, int64_t columns, int32_t threads);
+                                               const uint8_t* bitmask, const int64_t* row_offsets, int64_t row_values, int64_t group,
+                                               const void* bias, void* y, int64_t m, int64_t rows, int64_t columns, int32_t threads);
 
 /* y = x Wᵀ + bias with W dense: row-major (rows, columns) of `dtype`; the other arguments as for sparse_engine_linear. */
 SPARSE_ENGINE_API int32_t sparse_engine_dense_linear(int32_t dtype, const void* x, const void* weight, const void* bias, void* y, int64_t m,
@@ -99,7 +100,7 @@ SPARSE_ENGINE_API int32_t sparse_engine_dense_linear(int32_t dtype, const void* 
  *   rest         as for sparse_engine_linear
  */
 SPARSE_ENGINE_API int32_t sparse_engine_expand_tile(int32_t dtype, int32_t out_dtype, const void* values, int64_t values_count,
-                                                    const uint8_t* bitmask, const int64_t* row_offsets, int64_t row_values,
+                                                    const uint8_t* bitmask, const int64_t* row_offsets, int64_t row_values, int64_t group,
                                                     int64_t row_begin, int64_t row_end, int64_t columns, void* out, int32_t threads);
 
 /* Reads `bytes` bytes from `data` once and gives their sum as 64-bit words (a tail of less than 8 bytes is skipped).

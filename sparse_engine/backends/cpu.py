@@ -47,7 +47,7 @@ def _tiles(
     for begin in range(0, rows, step):
         end = min(begin + step, rows)
         tile = scratch[: end - begin]
-        native.expand_tile(values, bitmask, row_offsets, columns, begin, end, tile, threads)
+        native.expand_tile(values, bitmask, row_offsets, 0, columns, begin, end, tile, threads)
         yield begin, end, tile
 
 
@@ -67,6 +67,7 @@ def _linear(x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor | No
             bitmask.contiguous(),
             row_offsets,
             None if bias is None else bias.contiguous(),
+            m,
             out,
             torch.get_num_threads(),
         )
