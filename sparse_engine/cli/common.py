@@ -10,8 +10,9 @@ import typer
 
 from sparse_engine.errors import InputError, KernelUnavailableError
 
-__all__ = ["Backend", "Device", "Dtype", "load_model", "load_tokenizer", "mib", "parse_device", "parse_dtype", "quiet_transformers"]
+__all__ = ["Backend", "Device", "Dtype", "load_model", "load_tokenizer", "parse_device", "parse_dtype", "quiet_transformers", "size_text"]
 
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 Dtype = Annotated[str | None, typer.Option("--dtype", help="bf16, fp16 or fp32; default: the checkpoint's own.", metavar="TYPE")]
@@ -58,11 +59,15 @@ def load_tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
     quiet_transformers()
+    remedy = "copy tokenizer.json and tokenizer_config.json there"
+    # Without any vocabulary transformers builds an empty tokenizer instead of failing.
+    if not any((path / name).is_file() for name in _VOCABULARIES):
+        raise InputError(f"{path} has no tokenizer ({', '.join(_VOCABULARIES)} are all missing); {remedy}")
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(f"{path} has no tokenizer that loads ({reason}); copy tokenizer.json and tokenizer_config.json there") from None
+        raise InputError(f"{path} has a tokenizer that does not load ({reason}); {remedy}") from None
 
 
 def load_model(path: Path, *, backend: str | None, dtype: torch.dtype | None, device: torch.device) -> Any:
@@ -91,6 +96,7 @@ def load_model(path: Path, *, backend: str | None, dtype: torch.dtype | None, de
     return model.to(device).eval()
 
 
-def mib(nbytes: float) -> str:
-    """A number of bytes as text, in MiB or GiB."""
-    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.2f} MiB"
+def size_text(nbytes: float) -> str:
+    """A number of bytes as text, in KiB, MiB or GiB."""
+    unit, name = (2**30, "GiB") if nbytes >= 2**30 else (2**20, "MiB") if nbytes >= 2**20 else (2**10, "KiB")
+    return f"{nbytes / unit:.2f} {name}"

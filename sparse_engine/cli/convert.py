@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from sparse_engine.cli.app import app
-from sparse_engine.cli.common import Device, Dtype, load_tokenizer, mib, parse_device, parse_dtype, quiet_transformers
+from sparse_engine.cli.common import Device, Dtype, load_tokenizer, parse_device, parse_dtype, quiet_transformers, size_text
 from sparse_engine.errors import InputError
 from sparse_engine.pattern import SparsityPattern
 from sparse_engine.progress import console_track
@@ -130,9 +130,9 @@ def convert(
     sys.stderr.flush()
     share = report.packed_linear_nbytes / report.dense_linear_nbytes
     typer.echo(
-        f"{len(report.layers)} linears: {mib(report.dense_linear_nbytes)} dense, "
-        f"{mib(report.packed_linear_nbytes)} as written ({share:.1%})\n"
-        f"weight files: {mib(report.source_nbytes)} before, {mib(report.out_nbytes)} after\n"
-        f"took {report.seconds:.1f} s, peak memory {mib(report.peak_rss_nbytes)}\n"
+        f"{len(report.layers)} linears: {size_text(report.dense_linear_nbytes)} dense, "
+        f"{size_text(report.packed_linear_nbytes)} as written ({share:.1%})\n"
+        f"weight files: {size_text(report.source_nbytes)} before, {size_text(report.out_nbytes)} after\n"
+        f"took {report.seconds:.1f} s, peak memory {size_text(report.peak_rss_nbytes)}\n"
         f"written to {report.out}"
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sparse_engine.cli.app import app
-from sparse_engine.cli.common import mib, quiet_transformers
+from sparse_engine.cli.common import quiet_transformers, size_text
 from sparse_engine.errors import InputError
 from sparse_engine.progress import console_track
 
@@ -95,7 +95,7 @@ def _summariser_table(c: Comparison) -> Table:
         ("  of these the pruned linears", "linear_nbytes"),
     ):
         dense, packed = getattr(c.dense, name), getattr(c.packed, name)
-        table.add_row(label, mib(dense), mib(packed), f"{packed / dense:.1%}")
+        table.add_row(label, size_text(dense), size_text(packed), f"{packed / dense:.1%}")
     for label, name, form in (("tokens/s, decoding", "tokens_per_second", ".1f"), ("ROUGE-L", "rouge_l", ".3f")):
         dense, packed = getattr(c.dense, name), getattr(c.packed, name)
         table.add_row(label, format(dense, form), format(packed, form), f"{packed / dense:.2f}x")
@@ -103,8 +103,9 @@ def _summariser_table(c: Comparison) -> Table:
 
 
 def _layer_table(t: LayerTimes) -> Table:
-    table = _table("linears of one OPT-1.3b layer, M = 1", "weights", "time", "speed-up over it")
-    table.add_row("torch dense, bf16", mib(t.dense_bf16_nbytes), f"{t.dense_bf16_us:,.0f} µs", f"{t.dense_bf16_us / t.packed_us:.2f}x")
-    table.add_row("torch dense, fp32", mib(2 * t.dense_bf16_nbytes), f"{t.dense_fp32_us:,.0f} µs", f"{t.dense_fp32_us / t.packed_us:.2f}x")
-    table.add_row("packed 2:4, bf16", mib(t.packed_nbytes), f"{t.packed_us:,.0f} µs", "")
+    table = _table("linears of one OPT-1.3b layer, M = 1", "weights", "time", "packed is faster by")
+    forms = (("torch dense, bf16", t.dense_bf16_nbytes, t.dense_bf16_us), ("torch dense, fp32", 2 * t.dense_bf16_nbytes, t.dense_fp32_us))
+    for label, nbytes, us in forms:
+        table.add_row(label, size_text(nbytes), f"{us:,.0f} µs", f"{us / t.packed_us:.2f}x")
+    table.add_row("packed 2:4, bf16", size_text(t.packed_nbytes), f"{t.packed_us:,.0f} µs", "")
     return table

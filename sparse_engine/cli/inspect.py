@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ import torch
 import typer
 
 from sparse_engine.cli.app import app
-from sparse_engine.cli.common import mib, parse_device
+from sparse_engine.cli.common import parse_device, size_text
 from sparse_engine.errors import InputError
 from sparse_engine.progress import console_track
 
@@ -62,30 +63,32 @@ def _layers(checkpoint: Checkpoint, device: torch.device) -> Iterator[dict[str, 
 
 
 def _print_table(layers: list[dict[str, Any]]) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("layer", "shape", "type", "pattern")
+    # Off a terminal the width is a guess, and a table cut to it would lose the figures.
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("layer", "shape", "type", "pattern"):
+        table.add_column(heading, no_wrap=heading != "shape")
     for heading in ("density", "stored", "dense", "share"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for count in _ROWS:
         table.add_column(f"M = {count}")
-    prefix = "model.decoder.layers."
     for row in layers:
         table.add_row(
-            row["layer"].removeprefix(prefix),
+            row["layer"].removeprefix("model.decoder.layers."),
             " x ".join(map(str, row["shape"])),
             row["dtype"],
             row["pattern"] or "dense",
             f"{row['density']:.4f}",
-            f"{row['stored_nbytes']:,}",
-            f"{row['dense_nbytes']:,}",
+            size_text(row["stored_nbytes"]),
+            size_text(row["dense_nbytes"]),
             f"{row['stored_nbytes'] / row['dense_nbytes']:.1%}",
             *(row["backends"].get(str(count), "torch") for count in _ROWS),
         )
-    console = Console()
-    # Off a terminal the width is a guess, and a table cut to it would lose the figures.
-    console.print(table, width=None if console.is_terminal else 200, soft_wrap=not console.is_terminal)
+    console.print(table)
 
 
 def _why(checkpoint: Checkpoint, linear: str, device: torch.device) -> dict[str, list[dict[str, Any]]]:
@@ -145,8 +148,8 @@ def inspect(
         return
     _print_table(layers)
     typer.echo(
-        f"{checkpoint.kind}: {len(layers)} linears take {mib(stored)} ({mib(dense)} dense, {stored / dense:.1%}); "
-        f"weight files {mib(checkpoint.nbytes)}"
+        f"{checkpoint.kind}: {len(layers)} linears take {size_text(stored)} ({size_text(dense)} dense, {stored / dense:.1%}); "
+        f"weight files {size_text(checkpoint.nbytes)}"
     )
     for count, verdicts in reasons.items():
         typer.echo(f"kernels for {why} at M = {count}:")
