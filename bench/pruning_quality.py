@@ -66,7 +66,7 @@ def main() -> None:
 def convert(settings: argparse.Namespace, pruner: str, pattern: str, out: Path) -> dict[str, float | int]:
     """Run the command line as a user would; wall-clock seconds and peak resident memory of that process in bytes."""
     chosen = ["--nm", pattern] if ":" in pattern else ["--sparsity", pattern]
-    command = [sys.executable, "-m", "sparse_engine.cli", "convert", settings.model, *chosen, "--pruner", pruner, "--out", out]
+    command = [sys.executable, "-m", "sparse_engine", "convert", settings.model, *chosen, "--pruner", pruner, "--out", out]
     if pruners.get(pruner).needs is not Needs.NOTHING:
         command += ["--calibration", settings.calibration, "--samples", str(settings.samples), "--length", str(settings.length)]
     started = time.monotonic()
