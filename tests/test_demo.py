@@ -69,6 +69,8 @@ def test_comparison_counts_bytes_and_finds_packing_changes_no_token(one_bill: Ro
     assert found.dense.weight_nbytes - found.packed.weight_nbytes == saved
     assert found.kernels
     assert set(found.kernels) <= set(registry.all_kernels())
+    assert found.dense.rouge_l is not None
+    assert found.packed.rouge_l is not None
     assert found.dense.rouge_l > found.packed.rouge_l * 0.5 > 0
 
 
@@ -108,6 +110,17 @@ def test_the_command_prints_measured_figures_and_keeps_what_it_is_asked_to(
     assert "1 of 1 summaries are the same, token for token" in out
     assert f"{figures['layer']['packed_us']:,.0f} µs" in out
     assert Checkpoint(tmp_path / "kept").kind == "sparse_engine"
+
+
+def test_without_the_rouge_package_the_table_says_how_to_get_it(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    from sparse_engine.cli.demo import _summariser_table
+
+    side = compare_module.Side(10, 20, 10, 5.0, None, ("A summary.",))
+    same = compare_module.Comparison(side, side, ("reference",), 1.0, 1, 1, ("A title",))
+    Console().print(_summariser_table(same))
+    assert "sparse-engine[eval]" in capsys.readouterr().out
 
 
 def test_the_command_refuses_a_folder_that_is_not_there(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
