@@ -32,7 +32,7 @@ def main() -> None:
     data = Path(os.environ.get("SPARSE_ENGINE_DATA", "."))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=data / "models" / "summ-28m")
-    parser.add_argument("--calibration", type=Path, default=data / "data" / "train5000.jsonl.gz")
+    parser.add_argument("--calibration", type=Path, default=data / "data" / "validation.jsonl.gz")
     parser.add_argument("--heldout", type=Path, default=data / "data" / "test.jsonl.gz")
     parser.add_argument("--documents", type=int, default=10)
     parser.add_argument("--nm", default="2:4")
