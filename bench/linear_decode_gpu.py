@@ -1,0 +1,173 @@
+"""Times the chosen CUDA kernel against dense cuBLAS for the linear layers of the OPT models and few activation rows.
+
+Every product reads its weights from memory: they rotate over copies larger than the L2 cache. Times are medians over replays
+of a CUDA graph of back-to-back products, where kernels that allow it overlap their start with the end of the one before.
+
+    python bench/linear_decode_gpu.py --models opt-125m opt-6.7b --rows 1 8
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import reporting
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_engine import cuda, formats, registry
+from sparse_engine.formats.base import PackedWeight
+from sparse_engine.mask import Mask
+from sparse_engine.pattern import SparsityPattern
+
+HIDDEN = {
+    "opt-125m": 768,
+    "opt-350m": 1024,
+    "opt-1.3b": 2048,
+    "opt-2.7b": 2560,
+    "opt-6.7b": 4096,
+    "opt-13b": 5120,
+    "opt-30b": 7168,
+    "opt-66b": 9216,
+}
+LAYERS = {"out": (1, 1), "qkv": (3, 1), "fc1": (4, 1), "fc2": (1, 4)}
+PATTERNS = {"2:4": "2:4", "4:8": "4:8", "unstructured": "0.5"}
+KERNELS = {"2:4": "cuda_nm", "4:8": "cuda_nm", "unstructured": "cuda_unstructured"}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+ROTATE_BYTES = 200_000_000
+
+
+def random_packed(shape: tuple[int, int], pattern: SparsityPattern, dtype: torch.dtype) -> PackedWeight:
+    weight = torch.randn(shape, device="cuda") * 0.02
+    if pattern.is_nm:
+        n, m = pattern.group
+        order = torch.rand(shape[0], shape[1] // m, m, device="cuda").argsort(-1)
+        keep = torch.zeros(order.shape, dtype=torch.bool, device="cuda").scatter_(2, order[..., :n], True).view(shape)
+    else:
+        keep = torch.rand(shape, device="cuda") >= 1 - pattern.density
+    return formats.for_pattern(pattern).pack(weight.to(dtype), Mask(pattern, keep))
+
+
+def graph_us(products: list[Callable[[], Any]], replays: int = 9) -> float:
+    """Median microseconds of one product, from replays of a graph of all of them."""
+    products[0]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for product in products:
+            product()
+    times = []
+    for replay in range(replays + 2):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        if replay >= 2:
+            times.append(start.elapsed_time(end) * 1e3 / len(products))
+    return statistics.median(times)
+
+
+def copies_of(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    nbytes = sum(t.numel() * t.element_size() for t in tensors.values())
+    count = min(ROTATE_BYTES // max(nbytes, 1) + 2, 256)
+    return [tensors, *({name: t.clone() for name, t in tensors.items()} for _ in range(count - 1))]
+
+
+def repeated(products: list[Callable[[], Any]]) -> list[Callable[[], Any]]:
+    return products * max(1, -(-12 // len(products)))
+
+
+def dense_times(weight: Tensor, x: Tensor, bias: Tensor, copies: list[dict[str, Tensor]]) -> tuple[float, float]:
+    """(torch ``F.linear``, the fastest dense way at hand) in µs."""
+    linear = graph_us(repeated([lambda w=c["w"]: F.linear(x, w, bias) for c in copies]))
+    others = [linear]
+    if x.shape[0] == 1:
+        others.append(graph_us(repeated([lambda w=c["w"]: torch.addmv(bias, w, x[0]) for c in copies])))
+    else:
+        others.append(graph_us(repeated([lambda w=c["w"]: torch.addmm(bias[:, None], w, x.T) for c in copies])))
+    return linear, min(others)
+
+
+def measure(models: list[str], rows_list: list[int], patterns: list[str], dtypes: list[str]) -> Iterator[dict[str, Any]]:
+    for dtype_name in dtypes:
+        dtype = DTYPES[dtype_name]
+        for model in models:
+            for layer, (out, inner) in LAYERS.items():
+                n, k = HIDDEN[model] * out, HIDDEN[model] * inner
+                bias = torch.randn(n, device="cuda", dtype=dtype)
+                inputs = {m: torch.randn(m, k, device="cuda", dtype=dtype) for m in rows_list}
+                dense: dict[int, tuple[float, float]] = {}
+                copies = copies_of({"w": torch.randn(n, k, device="cuda", dtype=dtype) * 0.02})
+                for m, x in inputs.items():
+                    dense[m] = dense_times(copies[0]["w"], x, bias, copies)
+                del copies
+                for name in patterns:
+                    packed = random_packed((n, k), SparsityPattern.parse(PATTERNS[name]), dtype)
+                    unpacked = formats.get(packed.format).unpack(packed)
+                    kernel = registry.get(KERNELS[name])
+                    layouts = copies_of(dict(kernel.prepare(packed)))
+                    nbytes = sum(t.numel() * t.element_size() for t in layouts[0].values())
+                    for m, x in inputs.items():
+                        expected = x.double() @ unpacked.double().T + bias.double()
+                        error = float((kernel.run(x, layouts[0], bias, packed.pattern) - expected).norm() / expected.norm())
+                        calls = [lambda held=held, x=x: kernel.run(x, held, bias, packed.pattern) for held in layouts]  # noqa: B023
+                        us = graph_us(repeated(calls))
+                        yield {
+                            "model": model,
+                            "layer": layer,
+                            "n": n,
+                            "k": k,
+                            "m": m,
+                            "pattern": name,
+                            "values": dtype_name,
+                            "kernel": kernel.name,
+                            "us": round(us, 3),
+                            "dense_us": round(dense[m][0], 3),
+                            "best_dense_us": round(dense[m][1], 3),
+                            "cusparselt_us": None,
+                            "gb_per_s": round(nbytes / us / 1e3, 1),
+                            "tflops": round(2e-6 * m * n * k / us, 2),
+                            "limit_share": None,
+                            "rel_error": error,
+                        }
+                    del layouts, unpacked
+                torch.cuda.empty_cache()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=HIDDEN, default=list(HIDDEN))
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64, 128])
+    parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"])
+    parser.add_argument("--commit", help="recorded where the checkout has no git data")
+    parser.add_argument("--out", type=Path, help="folder that gets linear-decode.json (default: bench/results/<device>)")
+    settings = parser.parse_args()
+    if reason := cuda.why_unavailable():
+        print(f"this bench {reason}", file=sys.stderr)  # noqa: T201
+        return 2
+    torch.manual_seed(0)
+    environment = reporting.environment()
+    environment["commit"] = environment["commit"] or settings.commit
+    environment["cuda"] = torch.version.cuda
+    environment["driver"] = cuda.driver_version()
+    device = reporting.device_name()
+    if settings.out:
+        reporting.RESULTS, device = settings.out.parent.resolve(), settings.out.name
+    rows = []
+    for row in measure(settings.models, settings.rows, settings.patterns, settings.dtypes):
+        rows.append(row)
+        speed = f"{row['us']:8.2f} us {row['dense_us'] / row['us']:5.2f}x dense {row['gb_per_s']:7.0f} GB/s"
+        print(f"{row['model']:9} {row['layer']:4} m {row['m']:4} {row['pattern']:12} {row['values']} {speed}", flush=True)  # noqa: T201
+        reporting.write_results(device, "linear-decode", environment, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

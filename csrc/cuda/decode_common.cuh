@@ -1,0 +1,273 @@
+// Shared parts of the decode kernels: y (m, rows) = x (m, cols) · Wᵀ for few activation rows m, W packed (rows, cols).
+//
+// W is operand A of the tensor-core instructions, so a warp computes yᵀ: row tiles of 16 weight rows by n-tiles of 8
+// activation rows. Compile-time macros, set by the host:
+//   ELEM_BF16    1 for bfloat16, 0 for float16 (weights, x, bias, residual and y alike; sums are float32)
+//   N_TILES      n-tiles of 8 activation rows held by every warp: m <= 8 * N_TILES
+//   ROW_TILES    row tiles of 16 held by every warp
+//   WARPS_ROW, WARPS_K   warps of a block along rows and along the columns
+//   PARTS        N:M: warps (1, 2 or 4) that share a unit of 256 columns, divides WARPS_K; unstructured: units are 256 / PARTS columns
+//   STAGES       buffers of x in shared memory
+//   MIN_BLOCKS   blocks that must fit one multiprocessor (bounds the registers)
+//
+//   block (bx, s) of grid (row groups, splits), a cluster along the splits:
+//        columns of split s: units of 256, unit u_begin + round * ROUND_UNITS + k-warp / PARTS
+//      +----------+----------+----
+//      | k-warp 0 | k-warp 1 | ...   one round: x for ROUND_UNITS units is staged in shared memory,
+//      |  WARPS_ROW * ROW_TILES * 16 rows    every warp streams its own units of W through registers
+//      +----------+----------+----
+//   The k-warps' sums meet in shared memory, those of a cluster's blocks in distributed shared memory.
+#pragma once
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned long long u64;
+
+// Columns that a lane's positions describe together. UNSTRUCTURED is set by the source that includes this file.
+#if UNSTRUCTURED
+#define UNIT (256 / PARTS)
+#define ROUND_UNITS WARPS_K
+#else
+#define UNIT 256
+#define ROUND_UNITS (WARPS_K / PARTS)
+#endif
+#define THREADS (32 * WARPS_ROW * WARPS_K)
+#define BLOCK_ROWS (16 * ROW_TILES * WARPS_ROW)
+#define RED_PITCH (BLOCK_ROWS + 4)
+// Zeros that lanes without an activation row read in place of x; the x buffers start behind it.
+#define ZERO_BYTES 128
+#define X_PITCH (ROUND_UNITS * UNIT * 2 + X_PAD)
+// Steps of 32 columns that a warp makes in its part of a unit.
+#define STEPS (8 / PARTS)
+
+struct Params {
+  const uint4* weight; // the kernel's own layout, described beside each kernel
+  const uint4* masks;  // unstructured only, as are offsets and depth
+  const u32* offsets;
+  const u16* x;        // (m, cols), row stride ldx elements, columns contiguous
+  const u16* bias;     // (rows,) or null
+  const u16* residual; // (m, rows) contiguous or null; added last
+  u16* y;              // (m, rows) contiguous
+  int m, rows, cols, ldx;
+  int units;    // ceil(cols / UNIT)
+  int relu;     // clamp at 0 after the bias, before the residual
+  int x_vector; // x rows are 16-byte aligned and cols is a multiple of 8
+  int depth;    // 4-byte words of values in a lane's longest stream of one unit
+};
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ float to_float(u16 v) {
+#if ELEM_BF16
+  return __uint_as_float((u32)v << 16);
+#else
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
+  return f;
+#endif
+}
+
+__device__ __forceinline__ u16 from_float(float f) {
+  u16 v;
+#if ELEM_BF16
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(v) : "f"(f));
+#else
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(v) : "f"(f));
+#endif
+  return v;
+}
+
+// Weights are read once: kept out of L1, and first to leave L2 so that activations stay.
+__device__ __forceinline__ u64 weight_policy() {
+  u64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ __forceinline__ uint4 load_weight(const uint4* p, u64 policy) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p), "l"(policy));
+  return v;
+}
+
+// A lane's positions for its part of a unit: 16 / PARTS bytes.
+__device__ __forceinline__ void load_positions(const uint4* p, u32 (&v)[4 / PARTS], u64 policy) {
+#if PARTS == 1
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "l"(p), "l"(policy));
+#elif PARTS == 2
+  asm volatile("ld.global.nc.L2::cache_hint.v2.u32 {%0, %1}, [%2], %3;" : "=r"(v[0]), "=r"(v[1]) : "l"(p), "l"(policy));
+#else
+  asm volatile("ld.global.nc.L2::cache_hint.u32 %0, [%1], %2;" : "=r"(v[0]) : "l"(p), "l"(policy));
+#endif
+}
+
+__device__ __forceinline__ void ldmatrix_x4(u32 address, u32 (&b)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ void load_shared_x4(u32 address, u32 (&b)[4]) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(address) : "memory");
+}
+
+#if ELEM_BF16
+#define MMA_TYPES "f32.bf16.bf16.f32"
+#else
+#define MMA_TYPES "f32.f16.f16.f32"
+#endif
+
+__device__ __forceinline__ void mma_dense(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col." MMA_TYPES " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Bytes of {0, window} picked by the low 16 bits of `selectors`. __byte_perm would clear bits of the selectors first, at one
+// instruction each.
+__device__ __forceinline__ u32 permute(u32 window, u32 selectors) {
+  u32 v;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(v) : "r"(window), "r"(selectors));
+  return v;
+}
+
+// Selectors for permute(window, .) that place a window's values at the kept columns of a pair, by the pair's two mask bits: the
+// values come from the window's front (low half-word first) or its back.
+__device__ __forceinline__ u32 front_selector(int bits) { return bits == 0 ? 0x4444 : bits == 1 ? 0x4410 : bits == 2 ? 0x1044 : 0x3210; }
+__device__ __forceinline__ u32 back_selector(int bits) { return bits == 0 ? 0x4444 : bits == 1 ? 0x4432 : bits == 2 ? 0x3244 : 0x3210; }
+
+// A table of 16 words spread over the lanes (lane l holds entry l % 16) and read by shuffle: any lane may look up any mask of four
+// columns, without bank conflicts and without clearing the index's upper bits.
+__device__ __forceinline__ u32 look_up(u32 entry, u32 index) { return __shfl_sync(0xffffffffu, entry, (int)index); }
+
+// Launched with programmatic serialisation, a kernel starts while its predecessor still runs: weights may be read at once,
+// everything else only after wait_predecessor.
+__device__ __forceinline__ void release_successor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_predecessor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Rows of x held per buffer: the real ones for one n-tile, whose other lanes read zeros; else all, the rest zeroed once.
+__device__ __forceinline__ int staged_rows(int m) { return N_TILES == 1 ? m : 8 * N_TILES; }
+
+__device__ __forceinline__ void clear_padding(unsigned char* smem, const Params& p) {
+  for (int i = threadIdx.x; i < ZERO_BYTES / 16; i += THREADS)
+    ((uint4*)smem)[i] = make_uint4(0, 0, 0, 0);
+  if (N_TILES == 1) return;
+  for (int s = 0; s < STAGES; ++s) {
+    unsigned char* stage = smem + ZERO_BYTES + (size_t)s * staged_rows(p.m) * X_PITCH;
+    int chunks = (8 * N_TILES - p.m) * (X_PITCH / 16);
+    for (int i = threadIdx.x; i < chunks; i += THREADS)
+      ((uint4*)(stage + (size_t)p.m * X_PITCH))[i] = make_uint4(0, 0, 0, 0);
+  }
+}
+
+// Starts copying x columns [column, column + ROUND_UNITS * 256) into buffer `stage`; columns from `cols` on become zero.
+__device__ __forceinline__ void stage_x(unsigned char* smem, const Params& p, int stage, int column) {
+  constexpr int CHUNKS = ROUND_UNITS * UNIT / 8;
+  unsigned char* base = smem + ZERO_BYTES + (size_t)stage * staged_rows(p.m) * X_PITCH;
+  for (int i = threadIdx.x; i < p.m * CHUNKS; i += THREADS) {
+    int row = i / CHUNKS, chunk = i % CHUNKS, c = column + chunk * 8;
+    const u16* source = p.x + (size_t)row * p.ldx + c;
+    unsigned char* target = base + row * X_PITCH + chunk * 16;
+    if (p.x_vector) {
+      int bytes = c < p.cols ? 16 : 0;
+      asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(target)), "l"(bytes ? source : p.x), "r"(bytes)
+                   : "memory");
+    } else {
+      u32 word[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        u32 low = c + 2 * j < p.cols ? source[2 * j] : 0, high = c + 2 * j + 1 < p.cols ? source[2 * j + 1] : 0;
+        word[j] = low | high << 16;
+      }
+      *(uint4*)target = make_uint4(word[0], word[1], word[2], word[3]);
+    }
+  }
+}
+
+__device__ __forceinline__ void commit_stage() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until the oldest of STAGES - 1 outstanding buffers has landed.
+__device__ __forceinline__ void wait_stage() { asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory"); }
+
+__device__ __forceinline__ void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ float cluster_read(u32 address, int rank) {
+  float v = 0.0f;
+#if __CUDA_ARCH__ >= 900
+  u32 remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(remote) : "memory");
+#endif
+  return v;
+}
+
+__device__ __forceinline__ void store_output(const Params& p, int n, int row, float v) {
+  if (p.bias) v += to_float(p.bias[row]);
+  if (p.relu) v = fmaxf(v, 0.0f);
+  size_t at = (size_t)n * p.rows + row;
+  if (p.residual) v += to_float(p.residual[at]);
+  p.y[at] = from_float(v);
+}
+
+// Sums the warps' accumulators over k-warps and cluster blocks and writes y. acc[rt][nt] is an m16n8 fragment.
+__device__ __forceinline__ void reduce_and_store(unsigned char* smem, const Params& p, float (&acc)[ROW_TILES][N_TILES][4]) {
+  float* red = (float*)smem;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warp_row = warp % WARPS_ROW, warp_k = warp / WARPS_ROW;
+  const int group = lane >> 2, quad = lane & 3, first_row = blockIdx.x * BLOCK_ROWS;
+  const int plane = 8 * N_TILES * RED_PITCH;
+  asm volatile("cp.async.wait_group 0;" ::: "memory");
+  __syncthreads();
+#pragma unroll
+  for (int rt = 0; rt < ROW_TILES; ++rt)
+#pragma unroll
+    for (int nt = 0; nt < N_TILES; ++nt)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        int n = nt * 8 + quad * 2 + (i & 1), row = (warp_row * ROW_TILES + rt) * 16 + group + (i >> 1) * 8;
+        if (n < p.m) red[warp_k * plane + n * RED_PITCH + row] = acc[rt][nt][i];
+      }
+  __syncthreads();
+  const int splits = gridDim.y, rank = blockIdx.y;
+  for (int e = threadIdx.x; e < p.m * BLOCK_ROWS; e += THREADS) {
+    int n = e / BLOCK_ROWS, row = e % BLOCK_ROWS;
+    float v = red[n * RED_PITCH + row];
+#pragma unroll
+    for (int k = 1; k < WARPS_K; ++k)
+      v += red[k * plane + n * RED_PITCH + row];
+    if (splits == 1) {
+      if (first_row + row < p.rows) store_output(p, n, first_row + row, v);
+    } else {
+      red[n * RED_PITCH + row] = v;
+    }
+  }
+  if (splits == 1) return;
+  cluster_sync();
+  for (int e = rank * THREADS + threadIdx.x; e < p.m * BLOCK_ROWS; e += splits * THREADS) {
+    int n = e / BLOCK_ROWS, row = e % BLOCK_ROWS;
+    u32 address = shared_address(red + n * RED_PITCH + row);
+    float v = 0.0f;
+    for (int s = 0; s < splits; ++s)
+      v += cluster_read(address, s);
+    if (first_row + row < p.rows) store_output(p, n, first_row + row, v);
+  }
+  // A block may not leave while others still read its shared memory.
+  cluster_sync();
+}

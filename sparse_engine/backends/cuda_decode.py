@@ -1,0 +1,224 @@
+"""What the decode kernels of csrc/cuda share on the host: tile choice, checks of the arguments and the launch."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from sparse_engine import cuda
+from sparse_engine.errors import InputError, KernelUnavailableError
+from sparse_engine.registry import Problem
+
+__all__ = ["MAX_ROWS", "UNIT", "Gpu", "Source", "Tile", "decode_cost", "fit", "fragment_linear_fake", "gpu", "run_decode"]
+
+UNIT = 256
+"""Columns that a warp takes at a time."""
+MAX_ROWS = 64
+"""Activation rows of one launch of a kernel on mma.sync; more run as slabs."""
+_ZERO_BYTES = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How one launch divides its work; the macros of decode_common.cuh, and ``splits`` of the columns over a cluster's blocks."""
+
+    n_tiles: int
+    row_tiles: int
+    warps_row: int
+    warps_k: int
+    parts: int = 1
+    splits: int = 1
+    stages: int = 2
+    min_blocks: int = 1
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps_row * self.warps_k
+
+    @property
+    def block_rows(self) -> int:
+        return 16 * self.row_tiles * self.warps_row
+
+    def macros(self) -> dict[str, int]:
+        return {
+            "N_TILES": self.n_tiles,
+            "ROW_TILES": self.row_tiles,
+            "WARPS_ROW": self.warps_row,
+            "WARPS_K": self.warps_k,
+            "PARTS": self.parts,
+            "STAGES": self.stages,
+            "MIN_BLOCKS": self.min_blocks,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A kernel ``function`` of csrc/cuda/``file``, compiled with ``macros`` and a tile's, for up to ``max_rows`` activation rows."""
+
+    file: str
+    function: str
+    macros: tuple[tuple[str, int], ...] = ()
+    x_pad: int = 0
+    max_rows: int = MAX_ROWS
+
+    def shared_bytes(self, tile: Tile, m: int, depth: int) -> int:
+        """Shared memory for the buffers of x and for value streams of ``depth`` words, reused by the sums of the warps."""
+        rows = m if tile.n_tiles == 1 else 8 * tile.n_tiles
+        buffers = tile.stages * rows * (tile.warps_k * UNIT * 2 // tile.parts + self.x_pad) + (_ZERO_BYTES if self.x_pad else 0)
+        if depth:
+            # Three words more than the longest stream: a lane behind its last value still reads three.
+            buffers = -(-buffers // 128) * 128 + tile.stages * tile.warps_row * tile.warps_k * (depth + 3) * 128
+        return max(buffers, tile.warps_k * 8 * tile.n_tiles * (tile.block_rows + 4) * 4)
+
+
+class _Params(ctypes.Structure):
+    """``Params`` of decode_common.cuh."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "masks", "offsets", "x", "bias", "residual", "y")),
+        *((name, ctypes.c_int) for name in ("m", "rows", "cols", "ldx", "units", "relu", "x_vector", "depth")),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    name: str
+    arch: str
+    processors: int
+    hopper: bool
+    shared_limit: int
+    """Bytes of shared memory that one block may have."""
+
+
+@cache
+def gpu(index: int) -> Gpu:
+    """What the tile choice needs to know of device ``index``."""
+    major, minor = torch.cuda.get_device_capability(index)
+    properties = torch.cuda.get_device_properties(index)
+    arch = f"sm_{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
+    return Gpu(properties.name, arch, properties.multi_processor_count, major >= 9, properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+
+
+def fit(source: Source, tile: Tile, m: int, depth: int, here: Gpu) -> Tile:
+    """``tile`` with as many warps along the columns as its shared memory allows, and without splits where there are no clusters.
+
+    Raises:
+        KernelUnavailableError: not even one is allowed.
+    """
+    if tile.splits > 1 and not here.hopper:
+        tile = replace(tile, splits=1)
+    while (needed := source.shared_bytes(tile, m, depth)) > here.shared_limit:
+        least = 1 if depth else tile.parts
+        if tile.warps_k <= least:
+            raise KernelUnavailableError(f"{m} rows need {needed} bytes of shared memory a block, and this GPU has {here.shared_limit}")
+        tile = replace(tile, warps_k=max(tile.warps_k // 2 // least * least, least))
+    return tile
+
+
+@cache
+def _function(source: Source, arch: str, element: torch.dtype, tile: Tile) -> cuda.CudaFunction:
+    every = {**dict(source.macros), **tile.macros(), "ELEM_BF16": int(element is torch.bfloat16)}
+    return cuda.load(source.file, source.function, arch, tuple(sorted(every.items())))
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, rows: int, columns: int) -> None:
+    if x.dtype is not weight.dtype:
+        raise InputError(f"x is {x.dtype} but the weight's values are {weight.dtype}; cast x to the weight's type")
+    if x.shape[-1] != columns:
+        raise InputError(f"x has {x.shape[-1]} columns but the weight takes {columns}")
+    if bias is not None and (bias.shape != (rows,) or bias.dtype is not x.dtype or not bias.is_contiguous()):
+        raise InputError(f"bias is {bias.dtype} {tuple(bias.shape)}, expected contiguous {x.dtype} ({rows},)")
+    shape = (*x.shape[:-1], rows)
+    if residual is not None and (residual.shape != shape or residual.dtype is not x.dtype or not residual.is_contiguous()):
+        raise InputError(f"residual is {residual.dtype} {tuple(residual.shape)}, expected contiguous {x.dtype} {shape}")
+    if any(t is not None and t.device != x.device for t in (weight, bias, residual)):
+        raise InputError(f"x lies on {x.device} and the weight, bias or residual elsewhere; move them to one device")
+
+
+def run_decode(
+    choose: Callable[[int, int, int, Gpu], tuple[Source, Tile]],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    rows: int,
+    columns: int,
+    relu: bool,
+    streams: tuple[Tensor, Tensor, int] | None = None,
+) -> Tensor:
+    """x (..., columns) by the weight (rows, columns) behind ``weight``, plus bias, ReLU and residual; see decode_common.cuh.
+
+    ``choose(rows, columns, m, gpu)`` gives the kernel and tile for m activation rows, of which the kernel may take fewer.
+    ``streams`` is (masks, offsets, depth) of an unstructured weight.
+
+    Raises:
+        InputError: shapes, types or devices do not fit.
+        KernelUnavailableError: the kernel cannot be compiled or launched.
+    """
+    _check(x, weight, bias, residual, rows, columns)
+    y = x.new_empty((*x.shape[:-1], rows))
+    m = x.numel() // columns
+    if y.numel() == 0:
+        return y
+    flat = x.reshape(m, columns)
+    if flat.stride(1) != 1:
+        flat = flat.contiguous()
+    device = x.device.index
+    current = torch.cuda.current_device()
+    if device != current:
+        with torch.cuda.device(device):
+            return run_decode(choose, x, weight, bias, residual, rows, columns, relu, streams)
+    here = gpu(device)
+    stride, itemsize = flat.stride(0), x.element_size()
+    pointer, out = flat.data_ptr(), y.data_ptr()
+    vector = int(pointer % 16 == 0 and columns % 8 == 0 and (m == 1 or stride % 8 == 0))
+    masks_pointer = offsets_pointer = None
+    depth, split = 0, 1
+    if streams is not None:
+        masks, offsets, depth = streams
+        masks_pointer, offsets_pointer = masks.data_ptr(), offsets.data_ptr()
+        split = 16 // masks.shape[-1]
+    first = 0
+    while first < m:
+        source, tile = choose(rows, columns, m - first, here)
+        count = min(source.max_rows, m - first)
+        tile = fit(source, tile, count, depth, here)
+        params = _Params(
+            weight.data_ptr(),
+            masks_pointer,
+            offsets_pointer,
+            pointer + first * stride * itemsize,
+            bias.data_ptr() if bias is not None else None,
+            residual.data_ptr() + first * rows * itemsize if residual is not None else None,
+            out + first * rows * itemsize,
+            count,
+            rows,
+            columns,
+            stride,
+            -(-columns * split // UNIT),
+            int(relu),
+            vector,
+            depth,
+        )
+        function = _function(source, here.arch, x.dtype, tile)
+        grid = (-(-rows // tile.block_rows), tile.splits)
+        shared = source.shared_bytes(tile, count, depth)
+        cuda.launch(function, grid, tile.threads, shared, params, device, cluster_y=tile.splits, overlap=here.hopper)
+        first += count
+    return y
+
+
+def fragment_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, rows: int, *_: object) -> Tensor:
+    """Shape of the product, for tracing."""
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+def decode_cost(problem: Problem, nbytes: float) -> float:
+    """Microseconds for one pass over ``nbytes`` of weights per slab of rows: a fixed launch and the H200's reading speed."""
+    slabs = -(-problem.rows // MAX_ROWS)
+    return slabs * (2.0 + nbytes / 4.0e6)

@@ -1,0 +1,199 @@
+"""Compiles the CUDA sources for the GPU at hand and launches them, with no CUDA toolkit on the machine.
+
+NVRTC (through ``cuda.core``) compiles a source once per set of macros; the cubin is kept on disk under
+``$SPARSE_ENGINE_CACHE`` or ``$XDG_CACHE_HOME/sparse-engine`` (default ``~/.cache/sparse-engine``), named by a hash of
+everything it depends on. Launches go straight to the driver, on torch's current stream.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from sparse_engine.errors import KernelUnavailableError
+
+__all__ = ["CudaFunction", "cache_folder", "compile_cubin", "driver_version", "launch", "load", "source_folder", "why_unavailable"]
+
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_ATTRIBUTE_CLUSTER = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+_ATTRIBUTE_PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+def source_folder() -> Path:
+    """The folder of the .cu files: inside an installed package, else in the repository."""
+    here = Path(__file__).resolve().parent
+    for folder in (here / "csrc" / "cuda", here.parent / "csrc" / "cuda"):
+        if folder.is_dir():
+            return folder
+    raise KernelUnavailableError(f"the CUDA sources are missing from this installation (looked beside {here}); reinstall sparse-engine")
+
+
+@cache
+def why_unavailable() -> str | None:
+    """Why CUDA sources cannot be compiled here (a phrase that can follow a kernel's name), or None when they can."""
+    if not torch.cuda.is_available():
+        return "needs a CUDA device and torch sees none"
+    try:
+        import cuda.core  # noqa: F401
+    except ImportError as error:
+        return f"compiles with NVRTC through the package cuda-core, which cannot be imported ({error}); pip install 'sparse-engine[gpu]'"
+    return None
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels and tuning tables are kept on this machine."""
+    if folder := os.environ.get("SPARSE_ENGINE_CACHE"):
+        return Path(folder) / "cuda"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "sparse-engine" / "cuda"
+
+
+def _nvrtc_version() -> str:
+    from cuda.bindings import nvrtc
+
+    _, major, minor = nvrtc.nvrtcVersion()
+    return f"{major}.{minor}"
+
+
+def compile_cubin(source: str, arch: str, macros: Mapping[str, int]) -> bytes:
+    """Machine code for csrc/cuda/``source`` with ``macros`` defined, for an ``arch`` such as "sm_90a"; from the disk cache if it is there.
+
+    Raises:
+        KernelUnavailableError: NVRTC is missing or rejects the source.
+    """
+    folder = source_folder()
+    digest = hashlib.sha256()
+    for path in [folder / source, *sorted(folder.glob("*.cuh"))]:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    defines = [f"{name}={value}" for name, value in sorted(macros.items())]
+    try:
+        from cuda.core import Program, ProgramOptions
+
+        digest.update(repr((arch, _nvrtc_version(), defines)).encode())
+        target = cache_folder() / f"{Path(source).stem}-{arch}-{digest.hexdigest()[:32]}.cubin"
+        if target.is_file():
+            return target.read_bytes()
+        options = ProgramOptions(arch=arch, std="c++17", include_path=str(folder), define_macro=list(defines))
+        cubin = bytes(Program((folder / source).read_text(), "c++", options).compile("cubin").code)
+    except Exception as error:  # NVRTC, a missing library and a driver too old for it all raise types of their own
+        raise KernelUnavailableError(f"NVRTC cannot compile {source} for {arch}: {error}") from error
+    _write_whole(target, cubin)
+    return cubin
+
+
+def _write_whole(target: Path, content: bytes) -> None:
+    """Write by rename, so that no other process reads half a file; a cache that cannot be written is no error."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
+            file.write(content)
+        Path(file.name).replace(target)
+    except OSError:
+        return
+
+
+class _LaunchAttribute(ctypes.Structure):
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint * 16))
+
+
+class _LaunchConfig(ctypes.Structure):
+    _fields_ = (
+        *((f"{kind}_{axis}", ctypes.c_uint) for kind in ("grid", "block") for axis in "xyz"),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError as error:
+        raise KernelUnavailableError(f"the CUDA driver library cannot be loaded: {error}") from error
+
+
+def _check(status: int, what: str) -> None:
+    if status:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(text))
+        raise KernelUnavailableError(f"{what} failed: {(text.value or b'unknown error').decode()} (CUDA error {status})")
+
+
+def driver_version() -> str:
+    """The newest CUDA version that the installed driver supports, such as "13.0"."""
+    version = ctypes.c_int()
+    _check(_driver().cuDriverGetVersion(ctypes.byref(version)), "asking for the driver's version")
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"
+
+
+class CudaFunction:
+    """A loaded kernel. ``prepared`` holds per device the most dynamic shared memory asked for so far."""
+
+    def __init__(self, handle: ctypes.c_void_p, name: str) -> None:
+        self.handle, self.name = handle, name
+        self.prepared: dict[int, int] = {}
+
+
+@cache
+def load(source: str, function: str, arch: str, macros: tuple[tuple[str, int], ...]) -> CudaFunction:
+    """Kernel ``function`` of csrc/cuda/``source``, compiled on first use and usable on every device of that architecture.
+
+    Raises:
+        KernelUnavailableError: it cannot be compiled or loaded here.
+    """
+    cubin = compile_cubin(source, arch, dict(macros))
+    torch.cuda.current_stream()  # torch creates the device's context at first use
+    driver = _driver()
+    library, handle = ctypes.c_void_p(), ctypes.c_void_p()
+    _check(driver.cuLibraryLoadData(ctypes.byref(library), cubin, None, None, 0, None, None, 0), f"loading {source}")
+    _check(driver.cuLibraryGetKernel(ctypes.byref(handle), library, function.encode()), f"finding {function} in {source}")
+    return CudaFunction(handle, function)
+
+
+def launch(
+    function: CudaFunction,
+    grid: tuple[int, int],
+    threads: int,
+    shared_bytes: int,
+    argument: ctypes.Structure,
+    device: int,
+    *,
+    cluster_y: int = 1,
+    overlap: bool = False,
+) -> None:
+    """Launch with one structure argument on the current stream of ``device``, which must be the current device.
+
+    ``cluster_y`` groups that many blocks along y; ``overlap`` lets the kernel start before its predecessor in the
+    stream ends (programmatic dependent launch): only for kernels that wait for it themselves. Both need capability 9.0.
+
+    Raises:
+        KernelUnavailableError: the driver refuses the launch.
+    """
+    driver = _driver()
+    if shared_bytes > function.prepared.get(device, 48 * 1024):
+        status = driver.cuKernelSetAttribute(_MAX_DYNAMIC_SHARED, shared_bytes, function.handle, device)
+        _check(status, f"asking for {shared_bytes} bytes of shared memory for {function.name}")
+        function.prepared[device] = shared_bytes
+    attributes = (_LaunchAttribute * 2)()
+    count = 0
+    if cluster_y > 1:
+        attributes[count].id = _ATTRIBUTE_CLUSTER
+        attributes[count].value[0], attributes[count].value[1], attributes[count].value[2] = 1, cluster_y, 1
+        count += 1
+    if overlap:
+        attributes[count].id = _ATTRIBUTE_PROGRAMMATIC
+        attributes[count].value[0] = 1
+        count += 1
+    stream = torch.cuda.current_stream(device).cuda_stream
+    config = _LaunchConfig(grid[0], grid[1], 1, threads, 1, 1, shared_bytes, stream, attributes, count)
+    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
+    _check(driver.cuLaunchKernelEx(ctypes.byref(config), function.handle, arguments, None), f"launching {function.name}")

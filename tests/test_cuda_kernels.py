@@ -1,0 +1,272 @@
+"""The CUDA decode kernels: layouts are exact permutations (on any machine); products, graphs and streams (on a GPU)."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparse_engine import cuda, formats, registry
+from sparse_engine.backends import cuda_decode, cuda_nm, cuda_tiles
+from sparse_engine.errors import InputError, KernelUnavailableError
+from sparse_engine.formats.base import PackedWeight
+from sparse_engine.linear import SparseLinear
+from sparse_engine.mask import Mask
+from sparse_engine.pattern import SparsityPattern
+
+H200 = cuda_decode.Gpu("NVIDIA H200", "sm_90a", 132, True, 232448)
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
+KERNEL_OF = {"2:4": "cuda_nm", "4:8": "cuda_nm", "0.5": "cuda_unstructured", "0.7": "cuda_unstructured"}
+SHAPES = {
+    "2:4": [(16, 256), (33, 260), (1, 4), (48, 768), (200, 1028)],
+    "4:8": [(16, 256), (33, 264), (1, 8), (48, 768), (200, 1032)],
+    "0.5": [(16, 256), (33, 263), (1, 3), (48, 768), (1100, 1030)],
+    "0.7": [(40, 300), (17, 2049)],
+}
+CASES = [(pattern, shape) for pattern, shapes in SHAPES.items() for shape in shapes]
+
+
+def make_packed(pattern: str, shape: tuple[int, int], dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> PackedWeight:
+    """A random weight with awkward entries: a zero row, -0.0 and kept zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    parsed = SparsityPattern.parse(pattern)
+    weight = torch.randn(shape, generator=generator)
+    if parsed.is_nm:
+        n, m = parsed.group
+        order = torch.rand(shape[0], shape[1] // m, m, generator=generator).argsort(-1)
+        keep = torch.zeros(order.shape, dtype=torch.bool).scatter_(2, order[..., :n], True).view(shape)
+    else:
+        keep = torch.rand(shape, generator=generator) >= (parsed.sparsity or 0)
+        # A dense block beside an empty one, so that lanes of a tile have streams of very different lengths.
+        keep[: shape[0] // 3, : shape[1] // 2] = True
+        keep[: shape[0] // 3, shape[1] // 2 :] = False
+    weight[shape[0] // 2] = 0.0
+    weight[torch.rand(shape, generator=generator) < 0.05] = -0.0
+    return formats.for_pattern(parsed).pack(weight.to(dtype), Mask(parsed, keep)).to(device)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.double() - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def expected_product(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+    product = x.double() @ formats.get(packed.format).unpack(packed).double().T
+    return product if bias is None else product + bias.double()
+
+
+def op_call(
+    x: Tensor, layout: registry.Layout, packed: PackedWeight, bias: Tensor | None, residual: Tensor | None, *, relu: bool
+) -> tuple[Callable[..., Tensor], tuple[object, ...]]:
+    """The operator behind a kernel and its arguments, with the epilogue that `Kernel.run` does not reach."""
+    if packed.pattern.is_nm:
+        op = torch.ops.sparse_engine.cuda_nm_linear.default
+        return op, (x, layout["weight"], bias, residual, *packed.shape, packed.pattern.group[1], relu)
+    op = torch.ops.sparse_engine.cuda_unstructured_linear.default
+    depth = layout["extent"].shape[2]
+    return op, (x, layout["weight"], layout["masks"], layout["offsets"], bias, residual, *packed.shape, depth, relu)
+
+
+@pytest.mark.parametrize(("pattern", "shape"), CASES)
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_layout_gives_back_the_packed_weight(pattern: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    packed = make_packed(pattern, shape, dtype)
+    kernel = registry.get(KERNEL_OF[pattern])
+    described = PackedWeight(packed.format, packed.version, packed.pattern, packed.shape, packed.dtype, {})
+    recovered = kernel.recover(kernel.prepare(packed), described)
+    assert recovered.tensors.keys() == packed.tensors.keys()
+    for name, tensor in packed.tensors.items():
+        assert recovered.tensors[name].dtype is tensor.dtype
+        assert torch.equal(recovered.tensors[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+def test_fragments_hold_every_byte_of_an_unpadded_weight_once() -> None:
+    packed = make_packed("4:8", (32, 512), torch.bfloat16)
+    fragments = cuda_nm.to_fragments(packed.tensors["values"], packed.tensors["bitmask"], packed.shape, 8)
+    assert fragments.numel() == packed.nbytes
+    assert torch.equal(fragments[:, :, 0].flatten().sort().values, packed.tensors["bitmask"].flatten().sort().values)
+
+
+def test_sparse_metadata_names_the_kept_positions() -> None:
+    # Mask byte: group 0 keeps columns 1 and 2, group 1 keeps 0 and 3.
+    assert int(cuda_nm._metadata_table(torch.device("cpu"))[0b1001_0110]) == (1 | 2 << 2) | (0 | 3 << 2) << 4
+
+
+def test_parameters_match_the_source() -> None:
+    header = (cuda.source_folder() / "decode_common.cuh").read_text()
+    body = re.search(r"struct Params \{(.*?)\};", header, re.S)
+    assert body is not None
+    declared = [name for line in re.sub(r"//.*", "", body[1]).split(";") for name in re.findall(r"[*\s](\w+)\s*(?:,|$)", line.strip())]
+    assert declared == [name for name, _ in cuda_decode._Params._fields_]
+
+
+COMPILED = list(
+    dict.fromkeys(
+        cuda_tiles.choose(pattern, *shape, m, H200)
+        for pattern in ("2:4", "4:8", "unstructured")
+        for shape in ((768, 768), (16384, 4096))
+        for m in (1, 16, 64, 128)
+    )
+)
+
+
+@pytest.mark.parametrize(("source", "tile"), COMPILED, ids=str)
+def test_sources_compile_without_spilling(source: cuda_decode.Source, tile: cuda_decode.Tile, tmp_path: Path) -> None:
+    if (nvcc := shutil.which("nvcc")) is None:
+        pytest.skip("no nvcc on the PATH; the kernels are compiled by NVRTC where a GPU is")
+    macros = {**tile.macros(), **dict(source.macros), "ELEM_BF16": 1}
+    file = str(cuda.source_folder() / source.file)
+    command = [nvcc, "-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-Xptxas", "-v", "-o", str(tmp_path / "out.cubin"), file]
+    result = subprocess.run([*command, *(f"-D{k}={v}" for k, v in macros.items())], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "0 bytes spill stores, 0 bytes spill loads" in result.stderr
+    assert "serialized" not in result.stderr
+
+
+@pytest.mark.parametrize("m", [1, 2, 7, 8, 9, 16, 17, 64, 128])
+@pytest.mark.parametrize("shape", [(768, 768), (768, 3072), (1, 8), (2048, 2048), (36864, 9216), (9216, 36864)], ids=str)
+def test_chosen_tiles_fit_the_gpu(shape: tuple[int, int], m: int) -> None:
+    for pattern, depth in (("2:4", 0), ("4:8", 0), ("unstructured", 64)):
+        source, tile = cuda_tiles.choose(pattern, *shape, m, H200)
+        count = min(m, source.max_rows)
+        tile = cuda_decode.fit(source, tile, count, depth, H200)
+        assert count <= 8 * tile.n_tiles
+        assert source.shared_bytes(tile, count, depth) <= H200.shared_limit
+        assert 32 <= tile.threads <= 1024
+        assert tile.splits <= 8
+        assert tile.warps_k % tile.parts == 0 or depth
+
+
+def test_missing_gpu_is_a_reason_and_a_clear_error() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    layer = SparseLinear.from_packed(make_packed("2:4", (32, 256), torch.bfloat16), backend="cuda_nm")
+    with pytest.raises(KernelUnavailableError, match="runs on cuda, not cpu"):
+        layer(torch.zeros(1, 256, dtype=torch.bfloat16))
+    assert cuda.why_unavailable() == "needs a CUDA device and torch sees none"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 3, 7, 8, 9, 16, 17, 33, 64, 65, 129])
+@pytest.mark.parametrize(("pattern", "shape"), CASES)
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_product_matches_fp64(pattern: str, shape: tuple[int, int], dtype: torch.dtype, m: int) -> None:
+    packed = make_packed(pattern, shape, dtype, "cuda", seed=m)
+    kernel = registry.get(KERNEL_OF[pattern])
+    layout = kernel.prepare(packed)
+    x = torch.randn(m, shape[1], device="cuda", dtype=dtype)
+    for bias in (None, torch.randn(shape[0], device="cuda", dtype=dtype)):
+        # Freed memory full of NaN is what the allocator hands out next: an element never written shows.
+        torch.full((m, shape[0]), float("nan"), device="cuda", dtype=dtype)
+        y = kernel.run(x, layout, bias, packed.pattern)
+        assert y.shape == (m, shape[0])
+        assert relative_error(y, expected_product(x, packed, bias)) < TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", list(SHAPES))
+def test_strided_and_unaligned_activations(pattern: str) -> None:
+    packed = make_packed(pattern, (48, 776), torch.bfloat16, "cuda")
+    kernel = registry.get(KERNEL_OF[pattern])
+    layout = kernel.prepare(packed)
+    wide = torch.randn(6, 1601, device="cuda", dtype=torch.bfloat16)
+    for x in (wide[:, :776], wide[:, 1:777], wide[:, :1552:2], wide[::2, 8:784], wide[:, :776].reshape(2, 3, 776)):
+        y = kernel.run(x, layout, None, packed.pattern)
+        assert relative_error(y, expected_product(x, packed, None)) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", list(SHAPES))
+def test_epilogue(pattern: str) -> None:
+    packed = make_packed(pattern, (80, 512), torch.float16, "cuda")
+    layout = registry.get(KERNEL_OF[pattern]).prepare(packed)
+    x = torch.randn(5, 512, device="cuda", dtype=torch.float16)
+    bias, residual = (torch.randn(*size, device="cuda", dtype=torch.float16) for size in ((80,), (5, 80)))
+    op, arguments = op_call(x, layout, packed, bias, residual, relu=True)
+    y = op(*arguments)
+    expected = expected_product(x, packed, bias).clamp_min(0) + residual.double()
+    assert relative_error(y, expected) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", list(SHAPES))
+def test_graph_and_side_stream(pattern: str) -> None:
+    packed = make_packed(pattern, (256, 1024), torch.bfloat16, "cuda")
+    kernel = registry.get(KERNEL_OF[pattern])
+    layout = kernel.prepare(packed)
+    bias = torch.randn(256, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(2, 1024, device="cuda", dtype=torch.bfloat16)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        side = kernel.run(x, layout, bias, packed.pattern)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert relative_error(side, expected_product(x, packed, bias)) < TOLERANCE[torch.bfloat16]
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        # A chain, so that a kernel reading its input before its predecessor wrote it shows.
+        h = x * 2
+        for _ in range(4):
+            y = kernel.run(h, layout, bias, packed.pattern)
+            h = torch.tanh(y).repeat(1, 4)
+        z = kernel.run(h, layout, bias, packed.pattern)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x.copy_(torch.randn(2, 1024))
+        z.fill_(float("nan"))
+        graph.replay()
+        assert relative_error(z, expected_product(h, packed, bias)) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.gpu
+def test_chained_kernels_without_anything_between() -> None:
+    packed = make_packed("4:8", (512, 512), torch.float16, "cuda")
+    kernel = registry.get("cuda_nm")
+    layout = kernel.prepare(packed)
+    for trial in range(20):
+        torch.manual_seed(trial)
+        steps = [torch.randn(1, 512, device="cuda", dtype=torch.float16) * 1e-3]
+        for _ in range(3):
+            steps.append(kernel.run(steps[-1], layout, None, packed.pattern))
+        for before, after in itertools.pairwise(steps):
+            assert relative_error(after, expected_product(before, packed, None)) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.gpu
+def test_wrong_arguments_are_refused() -> None:
+    packed = make_packed("2:4", (32, 256), torch.bfloat16, "cuda")
+    kernel = registry.get("cuda_nm")
+    layout = kernel.prepare(packed)
+    with pytest.raises(InputError, match="cast x to the weight's type"):
+        kernel.run(torch.zeros(1, 256, device="cuda", dtype=torch.float16), layout, None, packed.pattern)
+    with pytest.raises(InputError, match="x has 128 columns"):
+        kernel.run(torch.zeros(1, 128, device="cuda", dtype=torch.bfloat16), layout, None, packed.pattern)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", list(SHAPES))
+def test_operator_registration(pattern: str) -> None:
+    packed = make_packed(pattern, (32, 256), torch.bfloat16, "cuda")
+    layout = registry.get(KERNEL_OF[pattern]).prepare(packed)
+    x = torch.randn(2, 256, device="cuda", dtype=torch.bfloat16)
+    torch.library.opcheck(*op_call(x, layout, packed, None, None, relu=False))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", list(SHAPES))
+def test_sparse_linear_runs_and_gives_its_weight_back(pattern: str) -> None:
+    packed = make_packed(pattern, (64, 512), torch.bfloat16, "cuda")
+    layer = SparseLinear.from_packed(packed, backend=KERNEL_OF[pattern])
+    x = torch.randn(3, 512, device="cuda", dtype=torch.bfloat16)
+    expected = expected_product(x, packed, None)
+    kept = {name: tensor.clone() for name, tensor in packed.tensors.items()}
+    assert relative_error(layer(x), expected) < TOLERANCE[torch.bfloat16]
+    for name, tensor in layer.packed.tensors.items():
+        assert torch.equal(tensor.view(torch.uint8), kept[name].view(torch.uint8))
