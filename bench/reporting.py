@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -51,13 +52,22 @@ def device_name() -> str:
     return f"cpu-{microarchitecture()}"
 
 
+def commit() -> str | None:
+    """The checkout's commit; from the environment variable SPARSE_ENGINE_COMMIT where the tree is a copy without its history."""
+    if given := os.environ.get("SPARSE_ENGINE_COMMIT"):
+        return given
+    if (git := shutil.which("git")) is None:
+        return None
+    found = subprocess.run([git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=RESULTS.parent)  # noqa: S603
+    return found.stdout.strip() or None
+
+
 def environment() -> dict[str, Any]:
     """What a figure depends on beside the code: machine, versions, threads, load, commit, and the command that ran."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=RESULTS.parent)  # noqa: S607
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "command": " ".join(["python", *(_portable(argument) for argument in sys.argv)]),
-        "commit": git.stdout.strip() or None,
+        "commit": commit(),
         "cpu": cpu_info().get("model name"),
         "cpu_count": os.cpu_count(),
         "date": datetime.now(UTC).date().isoformat(),
