@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def random_packed(shape: tuple[int, int], pattern: SparsityPattern, dtype: torch
     return formats.for_pattern(pattern).pack(weight.to(dtype), Mask(pattern, keep))
 
 
-def graph_us(products: list[Callable[[], Any]], replays: int = 9) -> float:
+def graph_us(products: list[Callable[[], Any]], replays: int = 11, warm_seconds: float = 0.02) -> float:
     """Median microseconds of one product, from replays of a graph of all of them."""
     products[0]()
     torch.cuda.synchronize()
@@ -61,15 +62,19 @@ def graph_us(products: list[Callable[[], Any]], replays: int = 9) -> float:
     with torch.cuda.graph(graph):
         for product in products:
             product()
+    # Right after other work the clocks are still on the move.
+    begun = time.perf_counter()
+    while time.perf_counter() - begun < warm_seconds:
+        graph.replay()
+        torch.cuda.synchronize()
     times = []
-    for replay in range(replays + 2):
+    for _ in range(replays):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         graph.replay()
         end.record()
         torch.cuda.synchronize()
-        if replay >= 2:
-            times.append(start.elapsed_time(end) * 1e3 / len(products))
+        times.append(start.elapsed_time(end) * 1e3 / len(products))
     return statistics.median(times)
 
 

@@ -46,7 +46,7 @@ def tune(rows: int, columns: int, pattern: str, buckets: list[int], here: Gpu) -
             try:
                 if not float((product(layouts[0]) - expected).norm() / expected.norm()) < 1e-2:
                     raise RuntimeError(f"{pattern} {rows}x{columns} m {m} {choice}: wrong product")
-                us = graph_us(repeated([lambda held=held: product(held) for held in layouts]), replays=5)
+                us = graph_us(repeated([lambda held=held: product(held) for held in layouts]), replays=5, warm_seconds=0.003)
             except KernelUnavailableError as error:
                 print(f"{choice}: {error}", flush=True)  # noqa: T201
                 continue

@@ -3,7 +3,7 @@
 // `weight` is the layout of decode_nm.cu: a lane's 16 bytes are its part of operand A of a sparse wgmma just as of a sparse mma, so
 // W still goes from global memory straight to registers. x is operand B, read from shared memory once for 64 rows of W.
 // A block has WARPS_ROW / 4 warpgroups of 64 weight rows each; WARPS_K, PARTS and ROW_TILES are 1. One round is one unit of 256
-// columns; while its products run, the registers of the other half of `values` receive the next unit.
+// columns. Registers hold two units; as soon as a pair of steps has been multiplied, its registers receive those of two units on.
 #define X_PAD 0
 #include "decode_common.cuh"
 
@@ -99,12 +99,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_wgmma_2
 
   // Tiles behind the last row read the last tile again; their sums are not stored.
   const int tile = min((int)blockIdx.x * WARPS_ROW + warp, (p.rows + 15) / 16 - 1);
-  const uint4* next = p.weight + ((size_t)tile * p.units + begin) * (9 * 32) + lane;
+  const uint4* next = p.weight + ((size_t)tile * p.units + begin) * (9 * 32) + lane; // of this round's unit
   uint4 values[2][8], positions[2];
-  positions[0] = load_weight(next, policy);
 #pragma unroll
-  for (int s = 0; s < 8; ++s)
-    values[0][s] = load_weight(next + (s + 1) * 32, policy);
+  for (int u = 0; u < 2; ++u) {
+    if (u >= rounds) break;
+    positions[u] = load_weight(next + u * (9 * 32), policy);
+#pragma unroll
+    for (int s = 0; s < 8; ++s)
+      values[u][s] = load_weight(next + u * (9 * 32) + (s + 1) * 32, policy);
+  }
   release_successor();
   const int padding = (COLUMNS - p.m) * 32;
   for (int s = 0; s < STAGES; ++s)
@@ -132,28 +136,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_wgmma_2
       if (ahead < rounds) stage_unit(smem + free_slot * STAGE_BYTES, p, (begin + ahead) * UNIT);
       commit_stage();
       const u32 x = shared_address(smem) + slot * STAGE_BYTES;
-      fence_registers();
 #pragma unroll
-      for (int s = 0; s < 8; ++s) {
-        const u64 b = describe(x + s / 2 * SUB_BYTES + s % 2 * 64);
-        const u32 meta = s / 2 == 0   ? positions[half].x
-                         : s / 2 == 1 ? positions[half].y
-                         : s / 2 == 2 ? positions[half].z
-                                      : positions[half].w;
-        if (s % 2 == 0)
-          wgmma_sparse<0>(acc[0], values[half][s], b, meta);
-        else
-          wgmma_sparse<1>(acc[0], values[half][s], b, meta);
+      for (int q = 0; q < 4; ++q) {
+        const u32 meta = q == 0 ? positions[half].x : q == 1 ? positions[half].y : q == 2 ? positions[half].z : positions[half].w;
+        fence_registers();
+        wgmma_sparse<0>(acc[0], values[half][2 * q], describe(x + q * SUB_BYTES), meta);
+        wgmma_sparse<1>(acc[0], values[half][2 * q + 1], describe(x + q * SUB_BYTES + 64), meta);
+        commit_products();
+        wait_products<1>();
+        if (q == 0) {
+          if (round > 0 && round + 1 < rounds) {
+            positions[half ^ 1] = load_weight(next + 9 * 32, policy);
+            values[half ^ 1][6] = load_weight(next + (9 + 7) * 32, policy);
+            values[half ^ 1][7] = load_weight(next + (9 + 8) * 32, policy);
+          }
+        } else if (round + 2 < rounds) {
+          values[half][2 * q - 2] = load_weight(next + (18 + 2 * q - 1) * 32, policy);
+          values[half][2 * q - 1] = load_weight(next + (18 + 2 * q) * 32, policy);
+        }
       }
-      commit_products();
-      wait_products<1>();
       next += 9 * 32;
-      if (round + 1 < rounds) {
-        positions[half ^ 1] = load_weight(next, policy);
-#pragma unroll
-        for (int s = 0; s < 8; ++s)
-          values[half ^ 1][s] = load_weight(next + (s + 1) * 32, policy);
-      }
       slot = slot + 1 == STAGES ? 0 : slot + 1;
     }
   }

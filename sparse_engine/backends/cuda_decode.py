@@ -12,9 +12,8 @@ from torch import Tensor
 
 from sparse_engine import cuda
 from sparse_engine.errors import InputError, KernelUnavailableError
-from sparse_engine.registry import Problem
 
-__all__ = ["MAX_ROWS", "UNIT", "Gpu", "Source", "Tile", "decode_cost", "fit", "fragment_linear_fake", "gpu", "run_decode"]
+__all__ = ["MAX_ROWS", "UNIT", "Gpu", "Source", "Tile", "fit", "fragment_linear_fake", "gpu", "run_decode"]
 
 UNIT = 256
 """Columns that a warp takes at a time."""
@@ -216,9 +215,3 @@ def run_decode(
 def fragment_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, rows: int, *_: object) -> Tensor:
     """Shape of the product, for tracing."""
     return x.new_empty((*x.shape[:-1], rows))
-
-
-def decode_cost(problem: Problem, nbytes: float) -> float:
-    """Microseconds for one pass over ``nbytes`` of weights per slab of rows: a fixed launch and the H200's reading speed."""
-    slabs = -(-problem.rows // MAX_ROWS)
-    return slabs * (2.0 + nbytes / 4.0e6)

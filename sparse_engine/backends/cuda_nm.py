@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_engine import cuda
-from sparse_engine.backends.cuda_decode import UNIT, decode_cost, fragment_linear_fake, run_decode
-from sparse_engine.backends.cuda_tiles import choose
+from sparse_engine.backends.cuda_decode import UNIT, fragment_linear_fake, run_decode
+from sparse_engine.backends.cuda_tiles import choose, cost_us
 from sparse_engine.formats.base import PackedWeight
 from sparse_engine.ops import define_linear
 from sparse_engine.pattern import SparsityPattern
@@ -129,7 +129,7 @@ class CudaNMKernel(Kernel):
 
     def cost(self, problem: Problem) -> float:
         tiles, units = _extent((problem.out_features, problem.in_features))
-        return decode_cost(problem, _CHUNK * tiles * units)
+        return cost_us(str(problem.pattern), problem, _CHUNK * tiles * units)
 
     def prepare(self, packed: PackedWeight) -> Layout:
         values, bitmask = packed.tensors["values"], packed.tensors["bitmask"]

@@ -13,11 +13,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sparse_engine import cuda
-from sparse_engine.backends.cuda_decode import MAX_ROWS, UNIT, Gpu, Source, Tile, fit
-from sparse_engine.errors import KernelUnavailableError
+import torch
 
-__all__ = ["BUCKETS", "candidates", "choose", "measured_us", "sources", "table_path"]
+from sparse_engine import cuda
+from sparse_engine.backends.cuda_decode import MAX_ROWS, UNIT, Gpu, Source, Tile, fit, gpu
+from sparse_engine.errors import KernelUnavailableError
+from sparse_engine.registry import Problem
+
+__all__ = ["BUCKETS", "candidates", "choose", "cost_us", "entry_of", "sources", "table_path", "unstructured_parts"]
 
 BUCKETS = (1, 4, 8, 16, 32, 64, 128)
 """Activation rows that are tuned; other numbers use the next larger one."""
@@ -40,7 +43,7 @@ def unstructured_parts(columns: int) -> int:
 
 
 def _tile(source: Source, n_tiles: int, shape: tuple[int, int, int, int, int]) -> Tile:
-    """A tile of (row_tiles, warps_row, warps_k, parts, splits) with as many blocks as the registers it needs allow."""
+    """A tile of (row_tiles, warps_row, warps_k, parts, splits) with as many blocks as the registers it needs allow; 0 if it must spill."""
     row_tiles, warps_row, warps_k, parts, splits = shape
     held = row_tiles * n_tiles
     if source is WGMMA_24:
@@ -52,7 +55,7 @@ def _tile(source: Source, n_tiles: int, shape: tuple[int, int, int, int, int]) -
     else:
         registers = 104 if held == 2 else 128 if held <= 4 else 168 if held <= 8 else 255
     blocks = 65536 // (32 * registers) // (warps_row * warps_k)
-    return Tile(n_tiles, row_tiles, warps_row, warps_k, parts, splits, 2, max(1, blocks))
+    return Tile(n_tiles, row_tiles, warps_row, warps_k, parts, splits, 2, blocks)
 
 
 # (row_tiles, warps_row, warps_k, parts, splits), at most a dozen each.
@@ -76,11 +79,11 @@ _FEW_ROWS = {
 _MORE_ROWS = {
     "2:4": [
         *((1, 1, 16, 2, 1), (1, 1, 8, 1, 1), (1, 2, 4, 1, 1), (1, 4, 4, 1, 1), (1, 4, 4, 1, 2), (2, 2, 4, 1, 1), (2, 2, 4, 1, 4)),
-        *((2, 4, 4, 1, 1), (2, 4, 4, 1, 2), (1, 2, 4, 1, 2)),
+        *((2, 4, 4, 1, 1), (1, 1, 3, 1, 1), (1, 1, 12, 4, 1), (1, 1, 12, 2, 1), (1, 2, 6, 2, 1)),
     ],
     "4:8": [
         *((1, 1, 16, 2, 1), (1, 1, 8, 2, 1), (1, 2, 4, 1, 1), (1, 4, 4, 2, 1), (1, 4, 4, 1, 1), (1, 4, 4, 1, 2), (2, 4, 2, 1, 1)),
-        *((1, 4, 4, 1, 4), (2, 4, 2, 1, 2), (2, 4, 2, 1, 4)),
+        *((1, 4, 4, 1, 4), (2, 4, 2, 1, 2), (2, 4, 2, 1, 4), (1, 1, 12, 4, 1), (1, 2, 6, 2, 1)),
     ],
     "unstructured": [
         *((1, 1, 8, 1, 1), (1, 2, 4, 1, 1), (1, 2, 6, 1, 1), (1, 2, 4, 1, 2), (1, 4, 2, 1, 1), (1, 4, 2, 1, 4), (1, 4, 4, 1, 1)),
@@ -109,6 +112,8 @@ def candidates(pattern: str, rows: int, columns: int, m: int, gpu: Gpu) -> list[
             if across * splits > max(-(-columns // unit), across if across <= 3 else 1):
                 continue
             tile = _tile(source, n_tiles, (row_tiles, warps_row, warps_k, parts, splits))
+            if tile.min_blocks == 0:
+                continue
             try:
                 found[source, fit(source, tile, count, 48 // parts if source is UNSTRUCTURED else 0, gpu)] = None
             except KernelUnavailableError:
@@ -195,7 +200,13 @@ def choose(pattern: str, rows: int, columns: int, m: int, gpu: Gpu) -> tuple[Sou
     return _rule(pattern, rows, columns, min(m, MAX_ROWS) if gpu.arch != "sm_90a" else m, gpu)
 
 
-def measured_us(pattern: str, rows: int, columns: int, m: int, gpu: Gpu) -> float | None:
-    """The time that the table gives for this product, or None."""
-    entry = _entry(pattern, rows, columns, m, gpu)
-    return float(entry[-1]) if entry else None
+def cost_us(pattern: str, problem: Problem, nbytes: float) -> float:
+    """Estimated time of ``problem``: measured where this GPU's table has the shape, else a launch and reading ``nbytes`` a slab of rows."""
+    shape, last = (problem.out_features, problem.in_features), BUCKETS[-1]
+    slabs = -(-problem.rows // last)
+    if torch.cuda.is_available():
+        entry = _entry(pattern, *shape, min(problem.rows, last), gpu(torch.cuda.current_device()))
+        if entry:
+            return slabs * float(entry[-1])
+    # The H200's reading speed, which kernels on mma.sync reach for few rows; every 64 rows read the weights again.
+    return -(-problem.rows // MAX_ROWS) * (2.0 + nbytes / 4.0e6)

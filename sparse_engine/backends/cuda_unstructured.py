@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_engine import cuda
-from sparse_engine.backends.cuda_decode import UNIT, decode_cost, run_decode
-from sparse_engine.backends.cuda_tiles import choose, unstructured_parts
+from sparse_engine.backends.cuda_decode import UNIT, run_decode
+from sparse_engine.backends.cuda_tiles import choose, cost_us, unstructured_parts
 from sparse_engine.formats.base import PackedWeight, unpack_bits
 from sparse_engine.ops import define_linear
 from sparse_engine.pattern import SparsityPattern
@@ -154,7 +154,7 @@ class CudaUnstructuredKernel(Kernel):
         return cuda.why_unavailable()
 
     def cost(self, problem: Problem) -> float:
-        return decode_cost(problem, problem.packed_nbytes)
+        return cost_us("unstructured", problem, problem.packed_nbytes)
 
     def prepare(self, packed: PackedWeight) -> Layout:
         values, bitmask = packed.tensors["values"], packed.tensors["bitmask"]
