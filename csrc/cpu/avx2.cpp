@@ -7,6 +7,13 @@
 // Since a bf16 is the upper half of an fp32, that one shuffle both expands and converts. fp16 is expanded to 8 half-words
 // and converted by vcvtph2ps; fp32 is permuted across the register and its dropped slots are cleared. The pointer moves by
 // the byte's number of set bits, so one kernel serves every pattern. Several rows share each load of the activations.
+//
+// One bf16 activation row by a weight that keeps 4 values in every mask byte (2:4, 4:8) goes the other way: the shuffle
+// picks the 4 activations that meet the stored values, which halves the multiply-adds.
+//
+//   x       p q r s t u v w     bf16, 8 columns; two mask bytes side by side in the register's halves
+//   mask    0x69                picks one 16-byte shuffle out of 256
+//   vpshufb 0p 0s 0u 0v         times 0a 0b 0c 0d, the values in stored order
 
 #include <immintrin.h>
 
@@ -54,6 +61,22 @@ constexpr ShuffleHalf make_half() {
   return t;
 }
 
+// The activations that a byte's first 4 kept columns meet, each in the upper half of its fp32 slot.
+constexpr ShuffleHalf make_compress() {
+  ShuffleHalf t{};
+  for (int mask = 0; mask < 256; ++mask) {
+    for (uint8_t& byte : t.index[mask])
+      byte = kZero;
+    for (int column = 0, kept = 0; column < 8 && kept < 4; ++column) {
+      if (!(mask >> column & 1)) continue;
+      t.index[mask][4 * kept + 2] = uint8_t(2 * column);
+      t.index[mask][4 * kept + 3] = uint8_t(2 * column + 1);
+      ++kept;
+    }
+  }
+  return t;
+}
+
 // vpermps looks at the low 3 bits only, so the sign bit is free to mark the dropped slots for vblendvps.
 constexpr PermuteFp32 make_fp32() {
   PermuteFp32 t{};
@@ -68,12 +91,14 @@ constexpr PermuteFp32 make_fp32() {
 
 constexpr ShuffleBf16 kBf16 = make_bf16();
 constexpr ShuffleHalf kHalf = make_half();
+constexpr ShuffleHalf kCompress = make_compress();
 constexpr PermuteFp32 kFp32 = make_fp32();
 
 // Each type also expands two mask bytes of 4 values each, `next` being the second one: for the 16-bit types with one load.
 
 struct Bf16Lanes : Bf16 {
   static constexpr int kEntryBytes = sizeof(kBf16.index[0]);
+  static constexpr bool kCompresses = true;
   static inline __m256i entry(uint64_t offset) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(kBf16.index[0] + offset)); }
   static inline __m256 expand_pair(const uint8_t* values, uint64_t offset, uint64_t next_offset, __m256& next) {
     __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
@@ -97,6 +122,7 @@ inline __m128i expand_half(const uint8_t* values, uint64_t offset) {
 }
 
 struct Fp16Lanes : Fp16 {
+  static constexpr bool kCompresses = false;
   static constexpr int kEntryBytes = sizeof(kHalf.index[0]);
   static inline __m256 expand_pair(const uint8_t* values, uint64_t offset, uint64_t next_offset, __m256& next) {
     __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
@@ -108,6 +134,7 @@ struct Fp16Lanes : Fp16 {
 };
 
 struct Fp32Lanes : Fp32 {
+  static constexpr bool kCompresses = false;
   static constexpr int kEntryBytes = sizeof(kFp32.index[0]);
   static inline __m256 expand_pair(const uint8_t* values, uint64_t offset, uint64_t next_offset, __m256& next) {
     next = expand(values + 16, next_offset);
@@ -127,6 +154,13 @@ inline float sum_of(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
+constexpr int64_t padded(int64_t columns) { return (columns + kColumnPad - 1) / kColumnPad * kColumnPad; }
+
+// A single bf16 row is packed twice: as fp32, and behind that as it is, padded with zeros.
+inline const uint8_t* second_layout(const void* packed, int64_t columns) {
+  return static_cast<const uint8_t*>(packed) + sizeof(float) * padded(columns);
+}
+
 // Activations become fp32 (padded_columns / 8, m, 8): one running pointer with constant offsets.
 template <class T>
 void pack_x(const void* x, int m, int64_t columns, int64_t padded_columns, void* packed) {
@@ -143,10 +177,31 @@ void pack_x(const void* x, int m, int64_t columns, int64_t padded_columns, void*
       for (int j = 0; j < 8; ++j)
         target[j] = c + j < columns ? T::load(from + j * kBytes) : 0.0f;
     }
+  if (T::kCompresses && m == 1 && columns > 0) {
+    memcpy(target, x, size_t(columns * kBytes));
+    memset(reinterpret_cast<uint8_t*>(target) + columns * kBytes, 0, size_t((padded_columns - columns) * kBytes));
+  }
 }
 
-// Bytes ahead of its row's pointer that a prefetch touches. Rows of one stream lie end to end, so it runs on into the next.
-constexpr int kPrefetch = 1024;
+inline uint64_t load_bits(const uint8_t* bitmask) {
+  uint64_t bits;
+  memcpy(&bits, bitmask, sizeof bits);
+  return bits;
+}
+
+// Byte b of a mask word times the size of a table entry. From a register, since the loop is short of load slots.
+template <int EntryBytes>
+inline uint64_t entry_offset(uint64_t bits, int b) {
+  const int rotation = (8 * b - (EntryBytes == 32 ? 5 : 4)) & 63;
+#if defined(__GNUC__) && !defined(__clang__)
+  // Left to itself GCC copies the word and shifts the copy.
+  uint64_t rotated;
+  __asm__("rorx %2, %1, %0" : "=r"(rotated) : "r"(bits), "i"(rotation));
+#else
+  uint64_t rotated = bits >> rotation | bits << (64 - rotation);
+#endif
+  return rotated & (0xff * EntryBytes);
+}
 
 // F values are kept by every mask byte (N:M with M dividing 8); 0 when their number must be counted.
 template <class T, int M, int R, int F>
@@ -159,25 +214,12 @@ struct Block {
   const float* x;
   __m256 sum[R][kSums];
 
-  inline uint64_t offset_of(int r, int b, unsigned valid = 0xff) const { return uint64_t(bitmask[r][b] & valid) * T::kEntryBytes; }
-
-  // The 8 columns of row r's mask byte b, the next one. A table offset has as many bits set as its byte has.
-  inline __m256 take(int r, int b, unsigned valid = 0xff) {
-    uint64_t offset = offset_of(r, b, valid);
+  // The 8 columns of a mask byte of row r, the b-th from its pointer. A table offset has as many bits set as its byte has.
+  inline __m256 take(int r, int b, uint64_t offset) {
     if constexpr (F > 0) return T::expand(values[r] + b * F * kBytes, offset);
     __m256 w = T::expand(values[r], offset);
     values[r] += kBytes * __builtin_popcountll(offset);
     return w;
-  }
-
-  // Mask bytes b and b + 1.
-  inline void take_pair(int r, int b, __m256 (&w)[2]) {
-    if constexpr (F == 4) {
-      w[0] = T::expand_pair(values[r] + b * F * kBytes, offset_of(r, b), offset_of(r, b + 1), w[1]);
-    } else {
-      w[0] = take(r, b);
-      w[1] = take(r, b + 1);
-    }
   }
 
   // Mask byte b of every row. The rows go side by side and share each load of the activations.
@@ -185,7 +227,7 @@ struct Block {
     __m256 w[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
-      w[r] = take(r, b, valid);
+      w[r] = take(r, b, uint64_t(bitmask[r][b] & valid) * T::kEntryBytes);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       __m256 xm = _mm256_loadu_ps(x + 8 * (b * M + m));
@@ -197,28 +239,64 @@ struct Block {
 
   // 8 mask bytes of every row: 64 columns.
   inline void word() {
-    if constexpr (M == 1) {
-      // 32 columns of the one activation row stay in registers while the weight rows take turns.
-#pragma GCC unroll 2
-      for (int half = 0; half < 8; half += 4) {
-        __m256 xs[4];
-#pragma GCC unroll 4
-        for (int b = 0; b < 4; ++b)
-          xs[b] = _mm256_loadu_ps(x + 8 * (half + b));
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-          for (int b = 0; b < 4; b += 2) {
-            __m256 w[2];
-            take_pair(r, half + b, w);
-            sum[r][0] = _mm256_fmadd_ps(w[0], xs[b], sum[r][0]);
-            sum[r][1] = _mm256_fmadd_ps(w[1], xs[b + 1], sum[r][1]);
-          }
-      }
-    } else {
+    if constexpr (M == 1)
+      alternating_word();
+    else {
 #pragma GCC unroll 8
       for (int b = 0; b < 8; ++b)
         byte(b);
+    }
+    advance(8);
+  }
+
+  // 32 columns of the one activation row stay in registers while the weight rows take turns.
+  inline void alternating_word() {
+#pragma GCC unroll 2
+    for (int half = 0; half < 8; half += 4) {
+      __m256 xs[4];
+#pragma GCC unroll 4
+      for (int b = 0; b < 4; ++b)
+        xs[b] = _mm256_loadu_ps(x + 8 * (half + b));
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        uint64_t bits = load_bits(bitmask[r]);
+#pragma GCC unroll 2
+        for (int b = half; b < half + 4; b += 2) {
+          __m256 w, next;
+          uint64_t offset = entry_offset<T::kEntryBytes>(bits, b), next_offset = entry_offset<T::kEntryBytes>(bits, b + 1);
+          if constexpr (F == 4) {
+            w = T::expand_pair(values[r] + b * F * kBytes, offset, next_offset, next);
+          } else {
+            w = take(r, b, offset);
+            next = take(r, b + 1, next_offset);
+          }
+          sum[r][0] = _mm256_fmadd_ps(w, xs[b - half], sum[r][0]);
+          sum[r][1] = _mm256_fmadd_ps(next, xs[b - half + 1], sum[r][1]);
+        }
+      }
+    }
+  }
+
+  // The same product by compressing the bf16 activations; half_x points at the word's 64 of them.
+  inline void compressing_word(const uint8_t* half_x) {
+    const __m256i widen = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, //
+                                           -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
+    __m256i xs[4];
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; ++p)
+      xs[p] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(half_x + 32 * p));
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      uint64_t bits = load_bits(bitmask[r]);
+#pragma GCC unroll 4
+      for (int p = 0; p < 4; ++p) {
+        auto pick = [&](int b) { return _mm_load_si128(reinterpret_cast<const __m128i*>(kCompress.index[0] + entry_offset<16>(bits, b))); };
+        __m256i picks = _mm256_inserti128_si256(_mm256_castsi128_si256(pick(2 * p)), pick(2 * p + 1), 1);
+        __m256i kept = _mm256_shuffle_epi8(xs[p], picks);
+        __m128i stored = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values[r] + 16 * p));
+        __m256i w = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(stored), widen);
+        sum[r][p & 1] = _mm256_fmadd_ps(_mm256_castsi256_ps(w), _mm256_castsi256_ps(kept), sum[r][p & 1]);
+      }
     }
     advance(8);
   }
@@ -242,13 +320,14 @@ void packed_rows(const uint8_t* const* values, const uint8_t* const* bitmask, co
     for (int i = 0; i < block.kSums; ++i)
       block.sum[r][i] = _mm256_setzero_ps();
   }
-  for (int64_t word = columns / 64; word > 0; --word) {
-    for (int r = 0; r < R; ++r) {
-      _mm_prefetch(reinterpret_cast<const char*>(block.values[r] + kPrefetch), _MM_HINT_T0);
-      if (block.kBytes == 4) _mm_prefetch(reinterpret_cast<const char*>(block.values[r] + kPrefetch + 64), _MM_HINT_T0);
-    }
-    block.word();
+  int64_t words = columns / 64;
+  if constexpr (M == 1 && F == 4 && T::kCompresses) {
+    const uint8_t* half_x = second_layout(x, columns);
+    for (; words > 0; --words, half_x += 128)
+      block.compressing_word(half_x);
   }
+  for (; words > 0; --words)
+    block.word();
   for (int64_t byte = columns % 64 / 8; byte > 0; --byte) {
     block.byte(0);
     block.advance(1);
@@ -258,6 +337,9 @@ void packed_rows(const uint8_t* const* values, const uint8_t* const* bitmask, co
     for (int m = 0; m < M; ++m)
       out[r * M + m] = sum_of(M == 1 ? _mm256_add_ps(block.sum[r][0], block.sum[r][1]) : block.sum[r][m]);
 }
+
+// Bytes ahead of its row's pointer that a dense row is prefetched. Packed rows gain nothing from it: their loop is busy with loads.
+constexpr int kPrefetch = 1024;
 
 template <class T, int M, int R>
 void dense_rows(const uint8_t* const* weight, const void* x, int64_t columns, float* out) {
@@ -354,7 +436,7 @@ template <class T>
 DtypeKernels kernels_for(ExpandRow expand) {
   constexpr int kMostActivations = 4;
   DtypeKernels set{};
-  set.x_bytes = sizeof(float);
+  set.x_bytes = sizeof(float) + (T::kCompresses ? sizeof(typename T::Storage) : 0);
   set.max_m = kMostActivations;
   set.rows_one = rows_for(1);
   set.rows_many = rows_for(2);

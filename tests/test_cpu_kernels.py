@@ -1,0 +1,350 @@
+"""The CPU kernels against fp64 of the unpacked weight, for every pattern, type, level and awkward shape; and what they may touch."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparse_engine import Mask, PackedWeight, SparseLinear, SparsityPattern, formats, native, registry
+from sparse_engine.errors import InputError
+
+pytestmark = pytest.mark.skipif(
+    isinstance(native._load(), str),
+    reason=f"the native library cannot be used: it {native._load()}" if isinstance(native._load(), str) else "",
+)
+
+LEVELS = native.supported_isas() if not isinstance(native._load(), str) else []
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+ROWS = [0, 1, 2, 3, 5, 7, 8, 9, 17, 129]
+
+# (out_features, in_features) by what is awkward about them; each N:M takes those that its M divides.
+SHAPES = [(1, 2), (3, 4), (1, 8), (5, 12), (2, 36), (7, 64), (33, 96), (13, 100), (17, 2080), (6, 4096)]
+ODD_SHAPES = [(1, 1), (3, 7), (5, 63), (4, 65), (9, 129), (31, 1001), (5, 4100)]
+NM = ["1:2", "2:4", "1:4", "3:4", "4:8", "2:8", "7:8", "1:16", "8:16", "3:32", "16:32"]
+CASES = [(p, s) for p in NM for s in SHAPES if s[1] % SparsityPattern.parse(p).group[1] == 0] + [
+    (p, s) for p in ("0.5", "0.9", "0.05") for s in SHAPES + ODD_SHAPES
+]
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa(None)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The fp64 references are tiny; on a busy machine torch's own threads would wait for each other most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest, one_thread: None) -> int:
+    torch.set_num_threads(request.param)
+    return request.param
+
+
+def random_keep(pattern: SparsityPattern, shape: tuple[int, int]) -> Tensor:
+    if not pattern.is_nm:
+        return torch.rand(shape) < pattern.density
+    n, m = pattern.group
+    kept = torch.rand(shape[0], shape[1] // m, m).topk(n, dim=-1).indices
+    return torch.zeros(shape[0], shape[1] // m, m, dtype=torch.bool).scatter_(-1, kept, True).view(shape)
+
+
+def pack(pattern: str | SparsityPattern, shape: tuple[int, int], dtype: torch.dtype, keep: Tensor | None = None) -> PackedWeight:
+    parsed = SparsityPattern.parse(pattern) if isinstance(pattern, str) else pattern
+    mask = Mask(parsed, random_keep(parsed, shape) if keep is None else keep)
+    return formats.for_pattern(parsed).pack(torch.randn(shape).to(dtype), mask)
+
+
+def unpacked(packed: PackedWeight) -> Tensor:
+    return formats.get(packed.format).unpack(packed)
+
+
+def expected(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    product = x.double() @ unpacked(packed).double().T
+    return product if bias is None else product + bias.double()
+
+
+def assert_close(actual: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+    assert actual.dtype == dtype
+    assert actual.shape == wanted.shape
+    assert torch.isfinite(actual).all()
+    scale = float(wanted.norm())
+    error = float((actual.double() - wanted).norm())
+    assert error <= TOLERANCE[dtype] * scale, f"relative error {error / scale if scale else error:.2e}"
+
+
+def native_product(x: Tensor, packed: PackedWeight, bias: Tensor | None, threads: int) -> Tensor:
+    """The library's own product into NaN-filled memory, with guard words on both sides of it."""
+    rows = packed.shape[0]
+    whole = torch.full((x.shape[0] * rows + 32,), float("nan"), dtype=x.dtype)
+    out = whole[16 : 16 + x.shape[0] * rows].view(x.shape[0], rows)
+    tensors = packed.tensors
+    group = packed.pattern.m or 0
+    native.linear(x, tensors["values"], tensors["bitmask"], tensors.get("row_offsets"), bias, group, out, threads)
+    assert torch.isnan(whole[:16]).all(), "wrote in front of the output"
+    assert torch.isnan(whole[16 + out.numel() :]).all(), "wrote behind the output"
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("pattern", "shape"), CASES, ids=lambda v: str(v).replace(" ", ""))
+def test_product_of_few_rows(pattern: str, shape: tuple[int, int], dtype: torch.dtype, level: str) -> None:
+    torch.manual_seed(0)
+    packed = pack(pattern, shape, dtype)
+    bias = torch.randn(shape[0]).to(dtype)
+    for m in (1, 2, 3, 4, 5, 6, 7, 8, 9, 11):
+        x = torch.randn(m, shape[1]).to(dtype)
+        with_bias = bias if m % 2 else None
+        assert_close(native_product(x, packed, with_bias, 2), expected(x, packed, with_bias), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 31), (6, 33), (9, 129), (130, 1001), (8, 2048)], ids=str)
+def test_dense_product(shape: tuple[int, int], dtype: torch.dtype, level: str) -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(shape).to(dtype), torch.randn(shape[0]).to(dtype)
+    for m in (1, 2, 3, 5, 8, 9):
+        x = torch.randn(m, shape[1]).to(dtype)
+        out = torch.full((m, shape[0]), float("nan"), dtype=dtype)
+        native.dense_linear(x, weight, bias, out, 2)
+        assert_close(out, x.double() @ weight.double().T + bias.double(), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("pattern", "shape"), [("2:4", (65, 256)), ("3:32", (33, 96)), ("0.5", (64, 515)), ("0.9", (7, 63))], ids=str)
+def test_layer_over_numbers_of_rows(pattern: str, shape: tuple[int, int], dtype: torch.dtype, level: str, threads: int) -> None:
+    torch.manual_seed(0)
+    packed = pack(pattern, shape, dtype)
+    for bias in (None, torch.randn(shape[0]).to(dtype)):
+        layer = SparseLinear.from_packed(packed, bias, backend="cpu")
+        for m in ROWS:
+            x = torch.randn(m, shape[1]).to(dtype)
+            assert_close(layer(x), expected(x, packed, bias), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activations_of_any_shape_and_stride(dtype: torch.dtype, level: str) -> None:
+    torch.manual_seed(0)
+    packed = pack("2:4", (24, 96), dtype)
+    layer = SparseLinear.from_packed(packed, torch.randn(24).to(dtype), backend="cpu")
+    bias = layer.bias.detach()
+    for x in (
+        torch.randn(96),
+        torch.randn(2, 3, 96),
+        torch.randn(2, 1, 5, 96),
+        torch.randn(96, 3).t(),
+        torch.randn(5, 192)[:, ::2],
+        torch.randn(1, 96).expand(40, 96),
+        torch.randn(4, 0, 96),
+    ):
+        x = x.to(dtype)
+        assert_close(layer(x), expected(x, packed, bias), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 8, 40])
+def test_unusual_masks(rows: int, dtype: torch.dtype, level: str) -> None:
+    torch.manual_seed(0)
+    shape = (37, 301)
+    sparse = torch.rand(shape) < 0.3
+    sparse[[0, 5, 36]] = False
+    sparse[[7, 20]] = True
+    one_at_the_end = torch.zeros(shape, dtype=torch.bool)
+    one_at_the_end[-1, -1] = True
+    for keep in (sparse, torch.ones(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool), one_at_the_end):
+        packed = pack(SparsityPattern.unstructured(0.5), shape, dtype, keep)
+        x = torch.randn(rows, shape[1]).to(dtype)
+        assert_close(SparseLinear.from_packed(packed, backend="cpu")(x), expected(x, packed), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zeros_and_extremes(dtype: torch.dtype, level: str) -> None:
+    """Kept slots that hold 0.0 add nothing, and the widest finite values and subnormals come through exactly."""
+    info = torch.finfo(dtype)
+    keep = torch.tensor([[True, True, False, False] * 4])
+    weight = torch.zeros(1, 16, dtype=dtype)
+    weight[0, 0], weight[0, 5] = info.max, info.tiny
+    packed = formats.get("nm").pack(weight, Mask(SparsityPattern.nm(2, 4), keep))
+    for column, wanted in ((0, info.max), (5, info.tiny), (1, 0.0), (2, 0.0)):
+        x = torch.zeros(1, 16, dtype=dtype)
+        x[0, column] = 1
+        assert float(native_product(x, packed, None, 1)) == wanted
+
+
+def test_sum_overflows_to_infinity(level: str) -> None:
+    packed = pack("2:4", (1, 8), torch.float16)
+    packed.tensors["values"].fill_(60000)
+    x = torch.ones(1, 8, dtype=torch.float16)
+    assert float(native_product(x, packed, None, 1)) == float("inf")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("pattern", "shape"), CASES, ids=lambda v: str(v).replace(" ", ""))
+def test_expanded_tiles_are_exact(pattern: str, shape: tuple[int, int], dtype: torch.dtype, level: str) -> None:
+    torch.manual_seed(0)
+    packed = pack(pattern, shape, dtype)
+    dense = unpacked(packed)
+    tensors = packed.tensors
+    for begin, end in {(0, shape[0]), (0, 0), (shape[0] // 2, shape[0]), (shape[0] // 3, shape[0] // 2)}:
+        for out_dtype in {dtype, torch.float32}:
+            whole = torch.full(((end - begin) * shape[1] + 32,), float("nan"), dtype=out_dtype)
+            out = whole[16 : whole.numel() - 16].view(end - begin, shape[1])
+            native.expand_tile(tensors["values"], tensors["bitmask"], tensors.get("row_offsets"), 0, shape[1], begin, end, out, 2)
+            assert torch.equal(out, dense[begin:end].to(out_dtype))
+            assert torch.isnan(whole[:16]).all()
+            assert torch.isnan(whole[-16:]).all()
+
+
+class Fenced:
+    """Memory that ends at an inaccessible page: one byte too far ends the process."""
+
+    def __init__(self) -> None:
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.maps: list[tuple[mmap.mmap, int]] = []
+
+    def place(self, tensor: Tensor) -> Tensor:
+        """A copy of ``tensor`` whose last byte is the last one that may be touched."""
+        page = mmap.PAGESIZE
+        size = tensor.numel() * tensor.element_size()
+        pages = -(-size // page) + 1
+        memory = mmap.mmap(-1, pages * page)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        if self.libc.mprotect(ctypes.c_void_p(address + (pages - 1) * page), page, 0) != 0:
+            raise OSError(ctypes.get_errno(), "mprotect")
+        self.maps.append((memory, address + (pages - 1) * page))
+        copy = torch.frombuffer(memory, dtype=torch.uint8)[(pages - 1) * page - size : (pages - 1) * page]
+        copy.copy_(tensor.contiguous().view(torch.uint8).flatten() if tensor.numel() else tensor.new_empty(0, dtype=torch.uint8))
+        return copy.view(tensor.dtype).view(tensor.shape)
+
+    def open(self) -> None:
+        for _, fence in self.maps:
+            self.libc.mprotect(ctypes.c_void_p(fence), mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "PROT_READ"), reason="needs mprotect")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("pattern", "shape"),
+    [(p, s) for p, s in CASES if s[0] * s[1] <= 40_000 and p in ("2:4", "3:32", "7:8", "0.5", "0.9")],
+    ids=lambda v: str(v).replace(" ", ""),
+)
+def test_nothing_behind_the_tensors_is_read(pattern: str, shape: tuple[int, int], dtype: torch.dtype, level: str) -> None:
+    torch.manual_seed(0)
+    fence = Fenced()
+    try:
+        packed = pack(pattern, shape, dtype)
+        placed = {name: fence.place(tensor) for name, tensor in packed.tensors.items()}
+        values, bitmask, row_offsets = placed["values"], placed["bitmask"], placed.get("row_offsets")
+        bias = fence.place(torch.randn(shape[0]).to(dtype))
+        dense = fence.place(unpacked(packed))
+        group = packed.pattern.m or 0
+        for m in (1, 3, 8):
+            x = fence.place(torch.randn(m, shape[1]).to(dtype))
+            out = fence.place(torch.full((m, shape[0]), float("nan"), dtype=dtype))
+            native.linear(x, values, bitmask, row_offsets, bias, group, out, 2)
+            assert_close(out, expected(x, packed, bias), dtype)
+            native.dense_linear(x, dense, bias, out.fill_(float("nan")), 2)
+            assert_close(out, expected(x, packed, bias), dtype)
+        for out_dtype in {dtype, torch.float32}:
+            tile = fence.place(torch.full(shape, float("nan"), dtype=out_dtype))
+            native.expand_tile(values, bitmask, row_offsets, group, shape[1], 0, shape[0], tile, 2)
+            assert torch.equal(tile, unpacked(packed).to(out_dtype))
+    finally:
+        fence.open()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 33])
+def test_gradients_of_activations_and_bias(rows: int, dtype: torch.dtype, level: str) -> None:
+    torch.manual_seed(0)
+    packed = pack("2:4", (40, 96), dtype)
+    layer = SparseLinear.from_packed(packed, torch.randn(40).to(dtype), backend="cpu")
+    layer.bias.requires_grad_(True)
+    x = torch.randn(2, rows, 96).to(dtype).requires_grad_(True)
+    gradient = torch.randn(2, rows, 40).to(dtype)
+    layer(x).backward(gradient)
+    assert_close(x.grad, gradient.double() @ unpacked(packed).double(), dtype)
+    assert_close(layer.bias.grad, gradient.double().sum((0, 1)), dtype)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_operator_contract(pattern: str, rows: int) -> None:
+    packed = pack(pattern, (16, 64), torch.float32)
+    tensors, shape = packed.tensors, packed.pattern
+    arguments = (
+        torch.randn(rows, 64),
+        tensors["values"],
+        tensors["bitmask"],
+        tensors.get("row_offsets"),
+        torch.randn(16),
+        shape.n or 0,
+        shape.m or 0,
+    )
+    torch.library.opcheck(torch.ops.sparse_engine.cpu_linear.default, arguments)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
+def test_compiles_into_one_graph(pattern: str) -> None:
+    packed = pack(pattern, (16, 64), torch.float32)
+    layer = SparseLinear.from_packed(packed, torch.randn(16), backend="cpu")
+    layer.plan()
+    compiled = torch.compile(lambda x: torch.relu(layer(x)) + 1, fullgraph=True, backend="aot_eager")
+    for rows in (1, 5, 64):
+        x = torch.randn(rows, 64)
+        with torch.no_grad():
+            assert_close(compiled(x), torch.relu(expected(x, packed, layer.bias)) + 1, torch.float32)
+
+
+def test_transformed_and_watched_calls_go_through_the_operator() -> None:
+    """The eager shortcut must not hide the product from vmap or from a dispatch mode."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    packed = pack("2:4", (16, 64), torch.float32)
+    layer = SparseLinear.from_packed(packed, backend="cpu")
+    x = torch.randn(3, 64)
+    with Seen(), torch.no_grad():
+        layer(x)
+    assert names == ["sparse_engine.cpu_linear.default"]
+    assert_close(torch.func.vmap(layer)(x), expected(x, packed), torch.float32)
+
+
+def test_registry_prefers_the_native_kernel() -> None:
+    packed = pack("4:8", (64, 64), torch.bfloat16)
+    for rows in registry.ROW_BUCKETS:
+        assert registry.select(registry.Problem.of(packed, rows)).name == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("x", "bias", "message"),
+    [
+        (torch.randn(1, 64), None, "convert them to one type"),
+        (torch.randn(1, 64, dtype=torch.bfloat16), torch.randn(16), "convert them to one type"),
+        (torch.randn(1, 72, dtype=torch.bfloat16), None, "x has 72 columns"),
+        (torch.randn(1, 60, dtype=torch.bfloat16), None, "x has 60 columns"),
+        (torch.randn(1, 64, dtype=torch.bfloat16), torch.randn(15, dtype=torch.bfloat16), "expected \\(16,\\)"),
+    ],
+)
+def test_mismatched_arguments_are_named(x: Tensor, bias: Tensor | None, message: str) -> None:
+    packed = pack("2:4", (16, 64), torch.bfloat16)
+    with pytest.raises(InputError, match=message):
+        registry.get("cpu").run(x, packed.tensors, bias, packed.pattern)
