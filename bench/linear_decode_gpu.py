@@ -9,7 +9,9 @@ of a CUDA graph of back-to-back products, where kernels that allow it overlap th
 from __future__ import annotations
 
 import argparse
+import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -76,6 +78,14 @@ def graph_us(products: list[Callable[[], Any]], replays: int = 11, warm_seconds:
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) * 1e3 / len(products))
     return statistics.median(times)
+
+
+def driver_version() -> str | None:
+    """Of the GPU's driver, such as "580.159.04"."""
+    if (smi := shutil.which("nvidia-smi")) is None:
+        return None
+    command = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
 
 
 def copies_of(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -151,7 +161,7 @@ def main() -> int:
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64, 128])
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"])
-    parser.add_argument("--commit", help="recorded where the checkout has no git data")
+    parser.add_argument("--commit", help="recorded instead of what git says, where the checkout has no history")
     parser.add_argument("--out", type=Path, help="folder that gets linear-decode.json (default: bench/results/<device>)")
     settings = parser.parse_args()
     if reason := cuda.why_unavailable():
@@ -159,9 +169,9 @@ def main() -> int:
         return 2
     torch.manual_seed(0)
     environment = reporting.environment()
-    environment["commit"] = environment["commit"] or settings.commit
+    environment["commit"] = settings.commit or environment["commit"]
     environment["cuda"] = torch.version.cuda
-    environment["driver"] = cuda.driver_version()
+    environment["driver"] = driver_version()
     device = reporting.device_name()
     if settings.out:
         reporting.RESULTS, device = settings.out.parent.resolve(), settings.out.name

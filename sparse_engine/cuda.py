@@ -19,7 +19,7 @@ import torch
 
 from sparse_engine.errors import KernelUnavailableError
 
-__all__ = ["CudaFunction", "cache_folder", "compile_cubin", "driver_version", "launch", "load", "source_folder", "why_unavailable"]
+__all__ = ["CudaFunction", "cache_folder", "compile_cubin", "launch", "load", "source_folder", "why_unavailable"]
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _ATTRIBUTE_CLUSTER = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
@@ -126,13 +126,6 @@ def _check(status: int, what: str) -> None:
         text = ctypes.c_char_p()
         _driver().cuGetErrorString(status, ctypes.byref(text))
         raise KernelUnavailableError(f"{what} failed: {(text.value or b'unknown error').decode()} (CUDA error {status})")
-
-
-def driver_version() -> str:
-    """The newest CUDA version that the installed driver supports, such as "13.0"."""
-    version = ctypes.c_int()
-    _check(_driver().cuDriverGetVersion(ctypes.byref(version)), "asking for the driver's version")
-    return f"{version.value // 1000}.{version.value % 1000 // 10}"
 
 
 class CudaFunction:
