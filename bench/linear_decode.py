@@ -1,0 +1,249 @@
+"""Times the chosen CPU kernel against dense products for the linear layers of the OPT models and few activation rows.
+
+Every product reads its weights from memory: they rotate over copies larger than the last-level cache. Sparse and dense
+products take turns within a round, so that a busy moment of the machine meets all of them. The limit is the time that
+only reading the packed bytes would take at the bandwidth measured in the same round.
+
+    python bench/linear_decode.py --models opt-1.3b opt-6.7b --layers fc2 --rows 1 --dtypes bf16
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import reporting
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_engine import formats, native, registry
+from sparse_engine.formats.base import PackedWeight
+from sparse_engine.mask import Mask
+from sparse_engine.pattern import SparsityPattern
+
+HIDDEN = {"opt-125m": 768, "opt-350m": 1024, "opt-1.3b": 2048, "opt-2.7b": 2560, "opt-6.7b": 4096}
+LAYERS = {"out": (1, 1), "qkv": (3, 1), "fc1": (4, 1), "fc2": (1, 4)}
+PATTERNS = {"2:4": "2:4", "4:8": "4:8", "unstructured": "0.5"}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+Product = Callable[[int], object]
+"""Runs one product with the copy of the weight that the round's number picks."""
+
+
+def last_level_cache_bytes() -> int:
+    """Of one processor, from sysfs; 64 MiB where that says nothing."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}[text[-1]])
+    return max(sizes, default=64 << 20)
+
+
+def copies_of(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    nbytes = sum(t.numel() * t.element_size() for t in tensors.values())
+    count = 2 * last_level_cache_bytes() // max(nbytes, 1) + 2
+    return [tensors, *({name: t.clone() for name, t in tensors.items()} for _ in range(count - 1))]
+
+
+def random_packed(shape: tuple[int, int], pattern: SparsityPattern, dtype: torch.dtype) -> PackedWeight:
+    weight = torch.randn(shape) * 0.02
+    if pattern.is_nm:
+        n, m = pattern.group
+        order = torch.rand(shape[0], shape[1] // m, m).argsort(-1)
+        keep = torch.zeros(order.shape, dtype=torch.bool).scatter_(2, order[..., :n], True).view(shape)
+    else:
+        keep = torch.rand(shape) < pattern.density
+    return formats.for_pattern(pattern).pack(weight.to(dtype), Mask(pattern, keep))
+
+
+def prepacked(weight: Tensor, bias: Tensor, rows: int) -> Callable[[Tensor], Tensor] | None:
+    """oneDNN's product with a weight in its own layout, or None where this processor or build of torch has none for the type."""
+    x = torch.zeros(rows, weight.shape[1], dtype=weight.dtype)
+    for reorder in (lambda: torch.ops.mkldnn._reorder_linear_weight(weight, rows), weight.to_mkldnn):
+        try:
+            packed = reorder()
+            torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+        except (AttributeError, NotImplementedError, RuntimeError):
+            continue
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return None
+
+
+def own_dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    native.dense_linear(x, weight, bias, out, torch.get_num_threads())
+    return out
+
+
+@dataclass
+class Dense:
+    """Dense weights of one shape and type, with every way at hand to multiply by them."""
+
+    weights: list[dict[str, Tensor]]
+    bias: Tensor
+
+    @classmethod
+    def random(cls, shape: tuple[int, int], dtype: torch.dtype) -> Dense:
+        return cls(copies_of({"w": (torch.randn(shape) * 0.02).to(dtype)}), torch.randn(shape[0]).to(dtype))
+
+    def products(self, x: Tensor) -> dict[str, Product]:
+        """The dense products by name; "torch" is the one that a dense model runs."""
+        ways: dict[str, Product] = {
+            "torch": lambda i: F.linear(x, self.weights[i % len(self.weights)]["w"], self.bias),
+            "own": lambda i: own_dense(x, self.weights[i % len(self.weights)]["w"], self.bias),
+        }
+        packed = [prepacked(held["w"], self.bias, x.shape[0]) for held in self.weights]
+        if (usable := [product for product in packed if product is not None]) and len(usable) == len(packed):
+            ways["onednn"] = lambda i: usable[i % len(usable)](x)
+        return ways
+
+
+@dataclass
+class Sparse:
+    """A packed weight of one shape, pattern and type, on the kernel that the registry chooses for it."""
+
+    packed: PackedWeight
+    bias: Tensor
+    layouts: list[dict[str, Tensor]]
+
+    @classmethod
+    def random(cls, shape: tuple[int, int], pattern: str, dtype: torch.dtype) -> Sparse:
+        packed = random_packed(shape, SparsityPattern.parse(PATTERNS[pattern]), dtype)
+        return cls(packed, torch.randn(shape[0]).to(dtype), copies_of(dict(packed.tensors)))
+
+    def kernel(self, rows: int) -> registry.Kernel:
+        kernel = registry.select(registry.Problem.of(self.packed, rows))
+        if kernel.name == "reference":
+            raise SystemExit(f"the registry chose the reference kernel for {self.packed.pattern}; is the native library built?")
+        return kernel
+
+    def product(self, x: Tensor) -> Product:
+        kernel = self.kernel(x.shape[0])
+        return lambda i: kernel.run(x, self.layouts[i % len(self.layouts)], self.bias, self.packed.pattern)
+
+    def relative_error(self, x: Tensor) -> float:
+        """Frobenius, against fp64 of the unpacked weight."""
+        expected = x.double() @ formats.get(self.packed.format).unpack(self.packed).double().T + self.bias.double()
+        got = self.kernel(x.shape[0]).run(x, self.packed.tensors, self.bias, self.packed.pattern)
+        return float((got - expected).norm() / expected.norm())
+
+
+def take_turns(products: dict[str, Product], seconds: float, least: int = 15) -> dict[str, list[float]]:
+    """Microseconds of every product in every round, for as many rounds as fit ``seconds`` but at least ``least``."""
+    times: dict[str, list[float]] = {name: [] for name in products}
+    begun, turn = time.perf_counter(), 0
+    while turn < least + 2 or time.perf_counter() - begun < seconds:
+        for name, product in products.items():
+            start = time.perf_counter_ns()
+            product(turn)
+            times[name].append((time.perf_counter_ns() - start) / 1e3)
+        turn += 1
+    return {name: spent[2:] for name, spent in times.items()}  # the first rounds start threads and touch new memory
+
+
+def reading(nbytes: int) -> tuple[Product, int]:
+    """A product that only reads about as many bytes as the packed weight has (at least 16 MiB), and their number."""
+    size = max(nbytes, 16 << 20)
+    data = [held["d"] for held in copies_of({"d": torch.ones(size, dtype=torch.uint8)})]
+    threads = torch.get_num_threads()
+    return (lambda i: native.read(data[i % len(data)], threads)), size
+
+
+def summary(times: list[float], name: str) -> dict[str, float]:
+    return {name: round(statistics.median(times), 2), f"{name}_min": round(min(times), 2)}
+
+
+def measure(settings: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    shapes = [
+        (model, layer, (HIDDEN[model] * LAYERS[layer][0], HIDDEN[model] * LAYERS[layer][1]))
+        for model in settings.models
+        for layer in settings.layers
+    ]
+    for model, layer, shape in shapes:
+        for values in settings.dtypes:
+            dtype = DTYPES[values]
+            dense = Dense.random(shape, dtype)
+            dense_fp32 = dense if dtype is torch.float32 else Dense.random(shape, torch.float32)
+            for pattern in settings.patterns:
+                sparse = Sparse.random(shape, pattern, dtype)
+                read, read_bytes = reading(sparse.packed.nbytes)
+                for m in settings.rows:
+                    x = torch.randn(m, shape[1]).to(dtype)
+                    ways = {f"dense_{name}": product for name, product in dense.products(x).items()}
+                    fp32 = dense_fp32.products(x.float())["torch"]
+                    times = take_turns({"sparse": sparse.product(x), **ways, "dense_fp32": fp32, "read": read}, settings.seconds)
+                    us = statistics.median(times["sparse"])
+                    bandwidth = read_bytes / statistics.median(times["read"]) / 1e3
+                    best = min(ways, key=lambda name: statistics.median(times[name]))
+                    yield {
+                        "model": model,
+                        "layer": layer,
+                        "n": shape[0],
+                        "k": shape[1],
+                        "m": m,
+                        "pattern": pattern,
+                        "values": values,
+                        "kernel": sparse.kernel(m).name,
+                        **summary(times["sparse"], "us"),
+                        **summary(times["dense_torch"], "dense_us"),
+                        **summary(times[best], "best_dense_us"),
+                        "best_dense": best.removeprefix("dense_"),
+                        "dense_own_us": round(statistics.median(times["dense_own"]), 2),
+                        "dense_onednn_us": round(statistics.median(times["dense_onednn"]), 2) if "dense_onednn" in times else None,
+                        "dense_fp32_us": round(statistics.median(times["dense_fp32"]), 2),
+                        "cusparselt_us": None,
+                        "gb_per_s": round(sparse.packed.nbytes / us / 1e3, 2),
+                        "read_gb_per_s": round(bandwidth, 2),
+                        "tflops": round(2e-6 * m * shape[0] * shape[1] / us, 4),
+                        "limit_share": round(sparse.packed.nbytes / bandwidth / 1e3 / us, 3),
+                        "rel_error": sparse.relative_error(x),
+                        "rounds": len(times["sparse"]),
+                    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=HIDDEN, default=["opt-125m", "opt-1.3b", "opt-6.7b"])
+    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=["out", "fc1", "fc2"])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=0.5, help="time for the rounds of one row of the table")
+    parser.add_argument("--device", default=f"cpu-{reporting.microarchitecture()}", help="folder under bench/results")
+    settings = parser.parse_args()
+    if reason := native.available():
+        print(f"this bench {reason}", file=sys.stderr)  # noqa: T201
+        return 2
+    torch.manual_seed(0)
+    torch.set_num_threads(settings.threads)
+    environment = reporting.environment()
+    environment["isa"] = native.isa()
+    environment["last_level_cache_bytes"] = last_level_cache_bytes()
+    rows = []
+    for row in measure(settings):
+        rows.append(row)
+        environment["load_average_1min_after"] = round(os.getloadavg()[0], 2)
+        # This bench itself keeps every thread busy, which shows in the later figure only.
+        busy = environment["load_average_1min"] > 0.5
+        environment["warning"] = "other programs were running: compare minima, not medians" if busy else None
+        speed = f"{row['us']:9.1f} us {row['dense_us'] / row['us']:5.2f}x torch {row['best_dense_us'] / row['us']:5.2f}x best"
+        least = (
+            f"minima {row['us_min']:9.1f} us {row['dense_us_min'] / row['us_min']:5.2f}x {row['best_dense_us_min'] / row['us_min']:5.2f}x"
+        )
+        name = f"{row['model']:9} {row['layer']:4} m {row['m']} {row['pattern']:12} {row['values']}"
+        print(f"{name} {speed} ({row['best_dense']}) {row['limit_share']:4.0%} of limit; {least}", flush=True)  # noqa: T201
+        reporting.write_results(settings.device, "linear-decode", environment, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
