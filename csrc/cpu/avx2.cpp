@@ -8,8 +8,8 @@
 // and converted by vcvtph2ps; fp32 is permuted across the register and its dropped slots are cleared. The pointer moves by
 // the byte's number of set bits, so one kernel serves every pattern. Several rows share each load of the activations.
 //
-// One bf16 activation row by a weight that keeps 4 values in every mask byte (2:4, 4:8) goes the other way: the shuffle
-// picks the 4 activations that meet the stored values, which halves the multiply-adds.
+// bf16 activations by a weight that keeps 4 values in every mask byte (2:4, 4:8) go the other way: the shuffle picks the 4
+// activations that meet the stored values, which halves the multiply-adds.
 //
 //   x       p q r s t u v w     bf16, 8 columns; two mask bytes side by side in the register's halves
 //   mask    0x69                picks one 16-byte shuffle out of 256
@@ -156,9 +156,9 @@ inline float sum_of(__m256 v) {
 
 constexpr int64_t padded(int64_t columns) { return (columns + kColumnPad - 1) / kColumnPad * kColumnPad; }
 
-// A single bf16 row is packed twice: as fp32, and behind that as it is, padded with zeros.
-inline const uint8_t* second_layout(const void* packed, int64_t columns) {
-  return static_cast<const uint8_t*>(packed) + sizeof(float) * padded(columns);
+// bf16 activations are packed twice: as fp32, and behind that as they are, (padded_columns / 16, m, 16).
+inline const uint8_t* second_layout(const void* packed, int m, int64_t columns) {
+  return static_cast<const uint8_t*>(packed) + sizeof(float) * size_t(m) * padded(columns);
 }
 
 // Activations become fp32 (padded_columns / 8, m, 8): one running pointer with constant offsets.
@@ -177,10 +177,14 @@ void pack_x(const void* x, int m, int64_t columns, int64_t padded_columns, void*
       for (int j = 0; j < 8; ++j)
         target[j] = c + j < columns ? T::load(from + j * kBytes) : 0.0f;
     }
-  if (T::kCompresses && m == 1 && columns > 0) {
-    memcpy(target, x, size_t(columns * kBytes));
-    memset(reinterpret_cast<uint8_t*>(target) + columns * kBytes, 0, size_t((padded_columns - columns) * kBytes));
-  }
+  if (!T::kCompresses) return;
+  auto half = reinterpret_cast<uint8_t*>(target);
+  for (int64_t c = 0; c < padded_columns; c += 16)
+    for (int i = 0; i < m; ++i, half += 16 * kBytes) {
+      int64_t left = columns - c < 16 ? columns - c : 16;
+      if (left < 16) memset(half, 0, 16 * kBytes);
+      if (left > 0) memcpy(half, source + (i * columns + c) * kBytes, size_t(left * kBytes));
+    }
 }
 
 inline uint64_t load_bits(const uint8_t* bitmask) {
@@ -277,25 +281,57 @@ struct Block {
     }
   }
 
-  // The same product by compressing the bf16 activations; half_x points at the word's 64 of them.
-  inline void compressing_word(const uint8_t* half_x) {
+  // 16 columns of row r, the p-th from its pointer: which activations the 8 stored values meet, and the values as fp32.
+  inline __m256i picks(uint64_t bits, int p) const {
+    auto pick = [&](int b) { return _mm_load_si128(reinterpret_cast<const __m128i*>(kCompress.index[0] + entry_offset<16>(bits, b))); };
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(pick(2 * p)), pick(2 * p + 1), 1);
+  }
+
+  inline __m256 stored(int r, int p) const {
     const __m256i widen = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, //
                                            -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
-    __m256i xs[4];
+    __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values[r] + 16 * p));
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(eight), widen));
+  }
+
+  static inline __m256i load_half(const uint8_t* half_x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(half_x)); }
+
+  static inline __m256 kept(__m256i half_x, __m256i picks) { return _mm256_castsi256_ps(_mm256_shuffle_epi8(half_x, picks)); }
+
+  // The product of word() by compressing bf16 activations; half_x points at the word's 64 · M of them.
+  inline void compressing_word(const uint8_t* half_x) {
+    if constexpr (M == 1) {
+      __m256i xs[4];
 #pragma GCC unroll 4
-    for (int p = 0; p < 4; ++p)
-      xs[p] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(half_x + 32 * p));
+      for (int p = 0; p < 4; ++p)
+        xs[p] = load_half(half_x + 32 * p);
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      uint64_t bits = load_bits(bitmask[r]);
+      for (int r = 0; r < R; ++r) {
+        uint64_t bits = load_bits(bitmask[r]);
+#pragma GCC unroll 4
+        for (int p = 0; p < 4; ++p)
+          sum[r][p & 1] = _mm256_fmadd_ps(stored(r, p), kept(xs[p], picks(bits, p)), sum[r][p & 1]);
+      }
+    } else {
+      uint64_t bits[R];
+      for (int r = 0; r < R; ++r)
+        bits[r] = load_bits(bitmask[r]);
 #pragma GCC unroll 4
       for (int p = 0; p < 4; ++p) {
-        auto pick = [&](int b) { return _mm_load_si128(reinterpret_cast<const __m128i*>(kCompress.index[0] + entry_offset<16>(bits, b))); };
-        __m256i picks = _mm256_inserti128_si256(_mm256_castsi128_si256(pick(2 * p)), pick(2 * p + 1), 1);
-        __m256i kept = _mm256_shuffle_epi8(xs[p], picks);
-        __m128i stored = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values[r] + 16 * p));
-        __m256i w = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(stored), widen);
-        sum[r][p & 1] = _mm256_fmadd_ps(_mm256_castsi256_ps(w), _mm256_castsi256_ps(kept), sum[r][p & 1]);
+        __m256 w[R];
+        __m256i at[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          w[r] = stored(r, p);
+          at[r] = picks(bits[r], p);
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+          __m256i xm = load_half(half_x + 32 * (p * M + m));
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r)
+            sum[r][m] = _mm256_fmadd_ps(w[r], kept(xm, at[r]), sum[r][m]);
+        }
       }
     }
     advance(8);
@@ -321,9 +357,9 @@ void packed_rows(const uint8_t* const* values, const uint8_t* const* bitmask, co
       block.sum[r][i] = _mm256_setzero_ps();
   }
   int64_t words = columns / 64;
-  if constexpr (M == 1 && F == 4 && T::kCompresses) {
-    const uint8_t* half_x = second_layout(x, columns);
-    for (; words > 0; --words, half_x += 128)
+  if constexpr (F == 4 && T::kCompresses) {
+    const uint8_t* half_x = second_layout(x, M, columns);
+    for (; words > 0; --words, half_x += 128 * M)
       block.compressing_word(half_x);
   }
   for (; words > 0; --words)
