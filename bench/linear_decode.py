@@ -22,16 +22,13 @@ from typing import Any
 import reporting
 import torch
 import torch.nn.functional as F
+from opt_shapes import HIDDEN, LAYERS, PATTERNS, random_packed, shape_of
 from torch import Tensor
 
 from sparse_engine import formats, native, registry
 from sparse_engine.formats.base import PackedWeight
-from sparse_engine.mask import Mask
 from sparse_engine.pattern import SparsityPattern
 
-HIDDEN = {"opt-125m": 768, "opt-350m": 1024, "opt-1.3b": 2048, "opt-2.7b": 2560, "opt-6.7b": 4096}
-LAYERS = {"out": (1, 1), "qkv": (3, 1), "fc1": (4, 1), "fc2": (1, 4)}
-PATTERNS = {"2:4": "2:4", "4:8": "4:8", "unstructured": "0.5"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 Product = Callable[[int], object]
@@ -51,17 +48,6 @@ def copies_of(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     nbytes = sum(t.numel() * t.element_size() for t in tensors.values())
     count = 2 * last_level_cache_bytes() // max(nbytes, 1) + 2
     return [tensors, *({name: t.clone() for name, t in tensors.items()} for _ in range(count - 1))]
-
-
-def random_packed(shape: tuple[int, int], pattern: SparsityPattern, dtype: torch.dtype) -> PackedWeight:
-    weight = torch.randn(shape) * 0.02
-    if pattern.is_nm:
-        n, m = pattern.group
-        order = torch.rand(shape[0], shape[1] // m, m).argsort(-1)
-        keep = torch.zeros(order.shape, dtype=torch.bool).scatter_(2, order[..., :n], True).view(shape)
-    else:
-        keep = torch.rand(shape) < pattern.density
-    return formats.for_pattern(pattern).pack(weight.to(dtype), Mask(pattern, keep))
 
 
 def prepacked(weight: Tensor, bias: Tensor, rows: int) -> Callable[[Tensor], Tensor] | None:
@@ -162,11 +148,7 @@ def summary(times: list[float], name: str) -> dict[str, float]:
 
 
 def measure(settings: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    shapes = [
-        (model, layer, (HIDDEN[model] * LAYERS[layer][0], HIDDEN[model] * LAYERS[layer][1]))
-        for model in settings.models
-        for layer in settings.layers
-    ]
+    shapes = [(model, layer, shape_of(model, layer)) for model in settings.models for layer in settings.layers]
     for model, layer, shape in shapes:
         for values in settings.dtypes:
             dtype = DTYPES[values]

@@ -21,39 +21,15 @@ from typing import Any
 import reporting
 import torch
 import torch.nn.functional as F
+from opt_shapes import HIDDEN, LAYERS, PATTERNS, random_packed, shape_of
 from torch import Tensor
 
 from sparse_engine import cuda, formats, registry
-from sparse_engine.formats.base import PackedWeight
-from sparse_engine.mask import Mask
 from sparse_engine.pattern import SparsityPattern
 
-HIDDEN = {
-    "opt-125m": 768,
-    "opt-350m": 1024,
-    "opt-1.3b": 2048,
-    "opt-2.7b": 2560,
-    "opt-6.7b": 4096,
-    "opt-13b": 5120,
-    "opt-30b": 7168,
-    "opt-66b": 9216,
-}
-LAYERS = {"out": (1, 1), "qkv": (3, 1), "fc1": (4, 1), "fc2": (1, 4)}
-PATTERNS = {"2:4": "2:4", "4:8": "4:8", "unstructured": "0.5"}
 KERNELS = {"2:4": "cuda_nm", "4:8": "cuda_nm", "unstructured": "cuda_unstructured"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 ROTATE_BYTES = 200_000_000
-
-
-def random_packed(shape: tuple[int, int], pattern: SparsityPattern, dtype: torch.dtype) -> PackedWeight:
-    weight = torch.randn(shape, device="cuda") * 0.02
-    if pattern.is_nm:
-        n, m = pattern.group
-        order = torch.rand(shape[0], shape[1] // m, m, device="cuda").argsort(-1)
-        keep = torch.zeros(order.shape, dtype=torch.bool, device="cuda").scatter_(2, order[..., :n], True).view(shape)
-    else:
-        keep = torch.rand(shape, device="cuda") >= 1 - pattern.density
-    return formats.for_pattern(pattern).pack(weight.to(dtype), Mask(pattern, keep))
 
 
 def graph_us(products: list[Callable[[], Any]], replays: int = 11, warm_seconds: float = 0.02) -> float:
@@ -113,8 +89,8 @@ def measure(models: list[str], rows_list: list[int], patterns: list[str], dtypes
     for dtype_name in dtypes:
         dtype = DTYPES[dtype_name]
         for model in models:
-            for layer, (out, inner) in LAYERS.items():
-                n, k = HIDDEN[model] * out, HIDDEN[model] * inner
+            for layer in LAYERS:
+                n, k = shape_of(model, layer)
                 bias = torch.randn(n, device="cuda", dtype=dtype)
                 inputs = {m: torch.randn(m, k, device="cuda", dtype=dtype) for m in rows_list}
                 dense: dict[int, tuple[float, float]] = {}
@@ -123,7 +99,7 @@ def measure(models: list[str], rows_list: list[int], patterns: list[str], dtypes
                     dense[m] = dense_times(copies[0]["w"], x, bias, copies)
                 del copies
                 for name in patterns:
-                    packed = random_packed((n, k), SparsityPattern.parse(PATTERNS[name]), dtype)
+                    packed = random_packed((n, k), SparsityPattern.parse(PATTERNS[name]), dtype, "cuda")
                     unpacked = formats.get(packed.format).unpack(packed)
                     kernel = registry.get(KERNELS[name])
                     layouts = copies_of(dict(kernel.prepare(packed)))

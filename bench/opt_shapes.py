@@ -1,6 +1,13 @@
-"""The linear layers of the OPT models, by model and layer: (out_features, in_features)."""
+"""What the latency benches measure: the linear layers of the OPT models, and random packed weights of their shapes."""
 
 from __future__ import annotations
+
+import torch
+
+from sparse_engine import formats
+from sparse_engine.formats.base import PackedWeight
+from sparse_engine.mask import Mask
+from sparse_engine.pattern import SparsityPattern
 
 HIDDEN = {
     "opt-125m": 768,
@@ -12,11 +19,25 @@ HIDDEN = {
     "opt-30b": 7168,
     "opt-66b": 9216,
 }
+"""Width of the hidden state."""
 LAYERS = {"out": (1, 1), "qkv": (3, 1), "fc1": (4, 1), "fc2": (1, 4)}
+"""Multiples of that width in (out_features, in_features)."""
 PATTERNS = {"2:4": "2:4", "4:8": "4:8", "unstructured": "0.5"}
 """What the results call a pattern, and how it is parsed."""
 
 
-def shape(model: str, layer: str) -> tuple[int, int]:
+def shape_of(model: str, layer: str) -> tuple[int, int]:
     out, inner = LAYERS[layer]
     return HIDDEN[model] * out, HIDDEN[model] * inner
+
+
+def random_packed(shape: tuple[int, int], pattern: SparsityPattern, dtype: torch.dtype, device: str = "cpu") -> PackedWeight:
+    """A packed (out_features, in_features) weight of normal values, its kept places drawn at random."""
+    weight = torch.randn(shape, device=device) * 0.02
+    if pattern.is_nm:
+        n, m = pattern.group
+        order = torch.rand(shape[0], shape[1] // m, m, device=device).argsort(-1)
+        keep = torch.zeros(order.shape, dtype=torch.bool, device=device).scatter_(2, order[..., :n], True).view(shape)
+    else:
+        keep = torch.rand(shape, device=device) < pattern.density
+    return formats.for_pattern(pattern).pack(weight.to(dtype), Mask(pattern, keep))

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from linear_decode_gpu import HIDDEN, LAYERS, PATTERNS, copies_of, graph_us, random_packed, repeated
+from linear_decode_gpu import copies_of, graph_us, repeated
+from opt_shapes import HIDDEN, LAYERS, PATTERNS, random_packed, shape_of
 
 from sparse_engine import cuda, formats, registry
 from sparse_engine.backends import cuda_tiles
@@ -26,11 +27,11 @@ KERNELS = {"2:4": "cuda_nm", "4:8": "cuda_nm", "unstructured": "cuda_unstructure
 
 
 def shapes(models: list[str]) -> list[tuple[int, int]]:
-    return list(dict.fromkeys((HIDDEN[model] * out, HIDDEN[model] * inner) for model in models for out, inner in LAYERS.values()))
+    return list(dict.fromkeys(shape_of(model, layer) for model in models for layer in LAYERS))
 
 
 def tune(rows: int, columns: int, pattern: str, buckets: list[int], here: Gpu) -> Iterator[tuple[int, list[Any]]]:
-    packed = random_packed((rows, columns), SparsityPattern.parse(PATTERNS[pattern]), torch.bfloat16)
+    packed = random_packed((rows, columns), SparsityPattern.parse(PATTERNS[pattern]), torch.bfloat16, "cuda")
     unpacked = formats.get(packed.format).unpack(packed).float()
     layouts = copies_of(dict(registry.get(KERNELS[pattern]).prepare(packed)))
     for m in buckets:
