@@ -50,6 +50,14 @@ def copies_of(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     return [tensors, *({name: t.clone() for name, t in tensors.items()} for _ in range(count - 1))]
 
 
+def on_huge_pages(copies: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The same tensors, with the advice that the CPU kernel gives for packed weights when a layer is loaded."""
+    for held in copies:
+        for tensor in held.values():
+            native.advise_huge_pages(tensor)
+    return copies
+
+
 def prepacked(weight: Tensor, bias: Tensor, rows: int) -> Callable[[Tensor], Tensor] | None:
     """oneDNN's product with a weight in its own layout, or None where this processor or build of torch has none for the type."""
     x = torch.zeros(rows, weight.shape[1], dtype=weight.dtype)
@@ -71,19 +79,26 @@ def own_dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 @dataclass
 class Dense:
-    """Dense weights of one shape and type, with every way at hand to multiply by them."""
+    """Dense weights of one shape and type, with every way at hand to multiply by them.
 
+    ``plain`` lie as torch allocates them; ``weights`` on huge pages, as packed ones do, or pages would pass for sparsity.
+    """
+
+    plain: list[dict[str, Tensor]]
     weights: list[dict[str, Tensor]]
     bias: Tensor
 
     @classmethod
     def random(cls, shape: tuple[int, int], dtype: torch.dtype) -> Dense:
-        return cls(copies_of({"w": (torch.randn(shape) * 0.02).to(dtype)}), torch.randn(shape[0]).to(dtype))
+        plain = copies_of({"w": (torch.randn(shape) * 0.02).to(dtype)})
+        weights = on_huge_pages(copies_of({"w": plain[0]["w"].clone()}))
+        return cls(plain, weights, torch.randn(shape[0]).to(dtype))
 
     def products(self, x: Tensor) -> dict[str, Product]:
         """The dense products by name; "torch" is the one that a dense model runs."""
         ways: dict[str, Product] = {
-            "torch": lambda i: F.linear(x, self.weights[i % len(self.weights)]["w"], self.bias),
+            "torch": lambda i: F.linear(x, self.plain[i % len(self.plain)]["w"], self.bias),
+            "torch_huge_pages": lambda i: F.linear(x, self.weights[i % len(self.weights)]["w"], self.bias),
             "own": lambda i: own_dense(x, self.weights[i % len(self.weights)]["w"], self.bias),
         }
         packed = [prepacked(held["w"], self.bias, x.shape[0]) for held in self.weights]
@@ -103,7 +118,7 @@ class Sparse:
     @classmethod
     def random(cls, shape: tuple[int, int], pattern: str, dtype: torch.dtype) -> Sparse:
         packed = random_packed(shape, SparsityPattern.parse(PATTERNS[pattern]), dtype)
-        return cls(packed, torch.randn(shape[0]).to(dtype), copies_of(dict(packed.tensors)))
+        return cls(packed, torch.randn(shape[0]).to(dtype), on_huge_pages(copies_of(dict(packed.tensors))))
 
     def kernel(self, rows: int) -> registry.Kernel:
         kernel = registry.select(registry.Problem.of(self.packed, rows))
@@ -138,7 +153,7 @@ def take_turns(products: dict[str, Product], seconds: float, least: int = 15) ->
 def reading(nbytes: int) -> tuple[Product, int]:
     """A product that only reads about as many bytes as the packed weight has (at least 16 MiB), and their number."""
     size = max(nbytes, 16 << 20)
-    data = [held["d"] for held in copies_of({"d": torch.ones(size, dtype=torch.uint8)})]
+    data = [held["d"] for held in on_huge_pages(copies_of({"d": torch.ones(size, dtype=torch.uint8)}))]
     threads = torch.get_num_threads()
     return (lambda i: native.read(data[i % len(data)], threads)), size
 

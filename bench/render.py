@@ -39,19 +39,34 @@ def unique(rows: list[Row], key: str) -> list[Any]:
 
 
 def linear(content: dict[str, Any]) -> str:
-    """Speed-ups per shape at M = 1, where every pattern has a column: × torch dense, and × the best dense in brackets."""
-    rows = [row for row in content["rows"] if row["m"] == 1]
+    """Speed-ups over torch's dense linear, over the best dense product in brackets: per shape at M = 1, or per model where
+    there are many shapes (then geometric means over its layers, at several M)."""
+    rows = content["rows"]
+    if len({(row["n"], row["k"]) for row in rows}) > 12:
+        return _by_model(rows)
+    rows = [row for row in rows if row["m"] == 1]
     columns = [(pattern, values) for values in unique(rows, "values") for pattern in unique(rows, "pattern")]
-    found = {(row["n"], row["k"], row["pattern"], row["values"]): row for row in rows}
     body = []
     for n, k in sorted({(row["n"], row["k"]) for row in rows}, key=lambda shape: (shape[0] * shape[1], shape)):
-        cells = [f"{n} × {k}"]
-        for pattern, values in columns:
-            row = found.get((n, k, pattern, values))
-            speed = "–" if row is None else f"{row['dense_us'] / row['us']:.2f}× ({row['best_dense_us'] / row['us']:.2f}×)"
-            cells.append(speed)
-        body.append(cells)
+        found = {(row["pattern"], row["values"]): [row] for row in rows if (row["n"], row["k"]) == (n, k)}
+        body.append([f"{n} × {k}", *(_speed(found.get(column, [])) for column in columns)])
     return table(["out × in, M = 1", *(f"{pattern} {values}" for pattern, values in columns)], body)
+
+
+def _by_model(rows: list[Row]) -> str:
+    columns = [(pattern, m) for pattern in unique(rows, "pattern") for m in (1, 16, 64)]
+    body = []
+    for model in unique(rows, "model"):
+        cells = [[row for row in rows if (row["model"], row["pattern"], row["m"]) == (model, *column)] for column in columns]
+        body.append([model, *(_speed(cell) for cell in cells)])
+    return table(["linears of", *(f"{pattern}, M = {m}" for pattern, m in columns)], body)
+
+
+def _speed(rows: list[Row]) -> str:
+    if not rows:
+        return "–"
+    over_torch, over_best = (geometric_mean(row[key] / row["us"] for row in rows) for key in ("dense_us", "best_dense_us"))
+    return f"{over_torch:.2f}× ({over_best:.2f}×)"
 
 
 def quality(content: dict[str, Any]) -> str:

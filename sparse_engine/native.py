@@ -18,11 +18,11 @@ from torch import Tensor
 
 from sparse_engine.errors import InputError, KernelUnavailableError
 
-__all__ = ["DTYPES", "available", "dense_linear", "expand_tile", "has_amx_bf16", "isa", "linear", "read", "set_isa", "supported_isas"]
+__all__ = ["DTYPES", "advise_huge_pages", "available", "dense_linear", "expand_tile", "has_amx_bf16", "isa", "linear", "read", "set_isa", "supported_isas"]
 
 LIBRARY_VARIABLE = "SPARSE_ENGINE_NATIVE_LIBRARY"
 ISA_VARIABLE = "SPARSE_ENGINE_ISA"
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 """Value types of the library and their codes in its header."""
@@ -40,6 +40,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "linear": (_I32, [_I32, _POINTER, _POINTER, _I64, _POINTER, _POINTER, _I64, _I64, _POINTER, _POINTER, _I64, _I64, _I64, _I32]),
     "dense_linear": (_I32, [_I32, _POINTER, _POINTER, _POINTER, _POINTER, _I64, _I64, _I64, _I32]),
     "expand_tile": (_I32, [_I32, _I32, _POINTER, _I64, _POINTER, _POINTER, _I64, _I64, _I64, _I64, _I64, _POINTER, _I32]),
+    "advise_huge_pages": (None, [_POINTER, _I64]),
     "read": (_I32, [_POINTER, _I64, _I32, ctypes.POINTER(ctypes.c_uint64)]),
 }
 
@@ -223,6 +224,11 @@ def expand_tile(
         threads,
     ):
         _raise(library, status, os.environ.get(ISA_VARIABLE, ""))
+
+
+def advise_huge_pages(data: Tensor) -> None:
+    """Ask the system to put a tensor's memory on huge pages where it lies; a hint that never fails and changes no value."""
+    _library().advise_huge_pages(data.data_ptr(), data.numel() * data.element_size())
 
 
 def read(data: Tensor, threads: int) -> int:

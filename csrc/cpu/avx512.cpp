@@ -88,6 +88,7 @@ void pack_x(const void* x, int m, int64_t columns, int64_t padded_columns, void*
 
 // Bytes ahead of its row's pointer that a prefetch touches. Rows of one stream lie end to end, so it runs on into the next.
 constexpr int kPrefetch = 2048;
+constexpr int kPrefetchBitmask = 512;
 
 template <class T, int M, int R>
 struct Block {
@@ -143,6 +144,7 @@ void packed_rows(const uint8_t* const* values, const uint8_t* const* bitmask, co
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       memcpy(&bits[r], bitmask[r] + 8 * word, 8);
+      _mm_prefetch(reinterpret_cast<const char*>(bitmask[r] + 8 * word + kPrefetchBitmask), _MM_HINT_T0);
       _mm_prefetch(reinterpret_cast<const char*>(block.values[r] + kPrefetch), _MM_HINT_T0);
       if (Block<T, M, R>::kBytes == 4) _mm_prefetch(reinterpret_cast<const char*>(block.values[r] + kPrefetch + 64), _MM_HINT_T0);
     }

@@ -32,7 +32,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a signature or the meaning of an argument changes. */
-#define SPARSE_ENGINE_ABI_VERSION 1
+#define SPARSE_ENGINE_ABI_VERSION 2
 
 typedef enum {
   SPARSE_ENGINE_OK = 0,
@@ -106,6 +106,12 @@ SPARSE_ENGINE_API int32_t sparse_engine_expand_tile(int32_t dtype, int32_t out_d
 /* Reads `bytes` bytes from `data` once and gives their sum as 64-bit words (a tail of less than 8 bytes is skipped).
  * A benchmark's measure of read bandwidth: a product cannot take less time than this over its own bytes. */
 SPARSE_ENGINE_API int32_t sparse_engine_read(const void* data, int64_t bytes, int32_t threads, uint64_t* sum);
+
+/* Ask the system to put an array on huge pages where it lies, so that streaming over it misses the TLB less often.
+ * A hint that never fails: where the system has no such call, or the memory is a file's, nothing changes.
+ *   data         the array; only the whole 2 MiB pages inside it are touched
+ *   bytes        its size */
+SPARSE_ENGINE_API void sparse_engine_advise_huge_pages(void* data, int64_t bytes);
 
 #ifdef __cplusplus
 }

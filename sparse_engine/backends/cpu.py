@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_engine import native
 from sparse_engine.errors import InputError
-from sparse_engine.formats.base import VALUE_DTYPES
+from sparse_engine.formats.base import VALUE_DTYPES, PackedWeight
 from sparse_engine.ops import define_linear
 from sparse_engine.pattern import SparsityPattern
 from sparse_engine.registry import Kernel, Layout, Problem, register
@@ -145,6 +145,11 @@ class CPUKernel(Kernel):
         memory = problem.packed_nbytes * 1e-4
         sums = problem.rows * problem.out_features * problem.in_features * 1e-5
         return 5.0 + max(memory, sums)
+
+    def prepare(self, packed: PackedWeight) -> Layout:
+        for tensor in packed.tensors.values():
+            native.advise_huge_pages(tensor)
+        return packed.tensors
 
     def run(self, x: Tensor, layout: Layout, bias: Tensor | None, pattern: SparsityPattern) -> Tensor:
         arguments = (x, layout["values"], layout["bitmask"], layout.get("row_offsets"), bias, pattern.n or 0, pattern.m or 0)
