@@ -18,7 +18,19 @@ from torch import Tensor
 
 from sparse_engine.errors import InputError, KernelUnavailableError
 
-__all__ = ["DTYPES", "advise_huge_pages", "available", "dense_linear", "expand_tile", "has_amx_bf16", "isa", "linear", "read", "set_isa", "supported_isas"]
+__all__ = [
+    "DTYPES",
+    "advise_huge_pages",
+    "available",
+    "dense_linear",
+    "expand_tile",
+    "has_amx_bf16",
+    "isa",
+    "linear",
+    "read",
+    "set_isa",
+    "supported_isas",
+]
 
 LIBRARY_VARIABLE = "SPARSE_ENGINE_NATIVE_LIBRARY"
 ISA_VARIABLE = "SPARSE_ENGINE_ISA"

@@ -20,6 +20,9 @@ __all__ = ["VALUE_DTYPES", "Format", "PackedWeight", "TensorSpec", "pack_bits", 
 VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Types that packed values may have."""
 
+_CHECKED_ELEMENTS = 1 << 19
+"""Weights whose positions are checked at a time."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
@@ -82,8 +85,8 @@ class Format(ABC):
     def _pack(self, weight: Tensor, mask: Mask) -> dict[str, Tensor]: ...
 
     @abstractmethod
-    def _check_bits(self, packed: PackedWeight, keep: Tensor) -> str | None:
-        """What contradicts the kept positions ``keep`` (rows, columns), or None."""
+    def _check_bits(self, packed: PackedWeight, rows: slice, keep: Tensor) -> str | None:
+        """What contradicts ``keep``, the kept positions of those ``rows``, or None."""
 
     def pack(self, weight: Tensor, mask: Mask, name: str = "weight") -> PackedWeight:
         """Pack a (rows, columns) ``weight``; the entries that ``mask`` removes are dropped and -0.0 becomes 0.0.
@@ -123,8 +126,12 @@ class Format(ABC):
             tensor = packed.tensors[key]
             if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
                 raise CheckpointError(f"{name}.{key} is {tensor.dtype} {tuple(tensor.shape)}, expected {spec.dtype} {spec.shape}")
-        if problem := self._check_bits(packed, unpack_bits(packed.tensors["bitmask"], packed.shape[1])):
-            raise CheckpointError(f"{name}: {problem}")
+        # In chunks: a whole layer's positions, a byte each, would be as large as the packed weight that is being loaded.
+        step = max(1, _CHECKED_ELEMENTS // max(1, packed.shape[1]))
+        for begin in range(0, max(1, packed.shape[0]), step):
+            rows = slice(begin, begin + step)
+            if problem := self._check_bits(packed, rows, unpack_bits(packed.tensors["bitmask"][rows], packed.shape[1])):
+                raise CheckpointError(f"{name}: {problem}")
 
     def keep(self, packed: PackedWeight) -> Tensor:
         """Bool (rows, columns), True at the stored positions."""

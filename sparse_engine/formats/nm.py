@@ -33,13 +33,13 @@ class NMFormat(Format):
     def _pack(self, weight: Tensor, mask: Mask) -> dict[str, Tensor]:
         return {"values": weight[mask.keep].view(weight.shape[0], -1), "bitmask": pack_bits(mask.keep)}
 
-    def _check_bits(self, packed: PackedWeight, keep: Tensor) -> str | None:
+    def _check_bits(self, packed: PackedWeight, rows: slice, keep: Tensor) -> str | None:
         n, m = packed.pattern.group
-        kept = keep.view(packed.shape[0], -1, m).sum(-1, dtype=torch.int32)
+        kept = keep.view(keep.shape[0], -1, m).sum(-1, dtype=torch.int32)
         if bool((kept != n).any()):
             return f"the bitmask does not keep exactly {n} of every {m} columns as {packed.pattern} asks"
         spare = packed.shape[1] % 8
-        if spare and bool((packed.tensors["bitmask"][:, -1] >> spare).any()):
+        if spare and bool((packed.tensors["bitmask"][rows, -1] >> spare).any()):
             return "the bitmask has bits set behind its last column"
         return None
 

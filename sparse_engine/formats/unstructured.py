@@ -36,14 +36,14 @@ class UnstructuredFormat(Format):
         torch.cumsum(mask.keep.sum(1), 0, out=offsets[1:])
         return {"values": weight[mask.keep], "row_offsets": offsets, "bitmask": pack_bits(mask.keep)}
 
-    def _check_bits(self, packed: PackedWeight, keep: Tensor) -> str | None:
+    def _check_bits(self, packed: PackedWeight, rows: slice, keep: Tensor) -> str | None:
         offsets = packed.tensors["row_offsets"]
-        if int(offsets[0]) != 0 or not torch.equal(offsets.diff(), keep.sum(1)):
+        if int(offsets[0]) != 0 or not torch.equal(offsets.diff()[rows], keep.sum(1)):
             return "row_offsets do not match the bitmask's count of kept weights per row"
         if int(offsets[-1]) != packed.nnz:
             return f"values holds {packed.nnz} entries where row_offsets end at {int(offsets[-1])}"
         spare = packed.shape[1] % 8
-        if spare and bool((packed.tensors["bitmask"][:, -1] >> spare).any()):
+        if spare and bool((packed.tensors["bitmask"][rows, -1] >> spare).any()):
             return "the bitmask has bits set behind its last column"
         return None
 
