@@ -77,6 +77,8 @@ def quality(content: dict[str, Any]) -> str:
     body = [["dense", *[f"{dense['perplexity']:.2f}"] * len(patterns), "–", "–"]]
     for pruner in ("magnitude", "wanda", "sparsegpt"):
         cells = [found[pruner, pattern] for pattern in patterns if (pruner, pattern) in found]
+        if not cells:
+            continue
         seconds = max(row["convert_seconds"] for row in cells)
         peak = max(row["convert_peak_rss_bytes"] for row in cells)
         body.append([pruner, *(f"{row['perplexity']:.2f}" for row in cells), f"{seconds:.0f} s", f"{peak / 2**20:.0f} MiB"])
