@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import sysconfig
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import sparse_engine
 from sparse_engine.errors import InputError, KernelUnavailableError
 
 __all__ = [
@@ -75,7 +77,10 @@ def _path() -> Path:
     if named := os.environ.get(LIBRARY_VARIABLE):
         return Path(named)
     suffix = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
-    return Path(__file__).parent / f"{'' if suffix == 'dll' else 'lib'}sparse_engine_cpu.{suffix}"
+    name = f"{'' if suffix == 'dll' else 'lib'}sparse_engine_cpu.{suffix}"
+    # An editable install leaves the Python files in the checkout and puts what was built into site-packages.
+    folders = [*map(Path, sparse_engine.__path__), Path(sysconfig.get_path("platlib")) / "sparse_engine"]
+    return next((folder / name for folder in folders if (folder / name).is_file()), folders[0] / name)
 
 
 @cache

@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# Triton decides at its own import whether kernels are interpreted, and other packages import it when they find it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # Words enough for the tiny tokenizer to learn merges from, and for calibration texts made of them.
 TEXT = (
     "SECTION 1. SHORT TITLE. This Act may be cited as the Bridge Repair Act. SEC. 2. GRANTS. The Secretary shall make grants "
