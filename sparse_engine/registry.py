@@ -2,13 +2,14 @@
 
 A *problem* is a product y = x Wᵀ + b with everything that the choice may depend on. Kernels are files in
 ``sparse_engine/backends``; each registers itself, says which problems it rejects and estimates its time. The choice is a
-pure function of the problem, made when layers are swapped in and never in the hot path.
+pure function of the problem and the measured times of :mod:`sparse_engine.tuning`, made when layers are swapped in and never in the hot
+path: where kernels of a problem were measured on this GPU the fastest of them runs, else the one with the lowest estimate.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import ClassVar
@@ -16,12 +17,30 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sparse_engine import tuning
 from sparse_engine.discovery import import_all
 from sparse_engine.errors import InputError, KernelUnavailableError
 from sparse_engine.formats.base import PackedWeight
 from sparse_engine.pattern import SparsityPattern
+from sparse_engine.tuning import Config
 
-__all__ = ["ROW_BUCKETS", "Kernel", "Layout", "Problem", "Verdict", "all_kernels", "explain", "get", "register", "select"]
+__all__ = [
+    "ESTIMATE",
+    "ROW_BUCKETS",
+    "Config",
+    "Kernel",
+    "Layout",
+    "Problem",
+    "Verdict",
+    "all_kernels",
+    "explain",
+    "get",
+    "register",
+    "select",
+]
+
+ESTIMATE = "estimate"
+"""Source of a time that nobody measured; the others are those of :mod:`sparse_engine.tuning`."""
 
 Layout = Mapping[str, Tensor]
 """Tensors in the form that a kernel reads; for an in-place kernel the packed tensors themselves."""
@@ -34,7 +53,8 @@ ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
 class Problem:
     """One product: x (rows, in_features) by a packed weight (out_features, in_features).
 
-    ``capability`` is the CUDA compute capability, such as (9, 0), and None off CUDA.
+    ``capability`` is the CUDA compute capability, such as (9, 0), and ``gpu`` the name that measured times are kept under; both are
+    None off CUDA.
     """
 
     format: str
@@ -45,16 +65,25 @@ class Problem:
     in_features: int
     rows: int
     capability: tuple[int, int] | None = None
+    gpu: str | None = None
 
     @classmethod
     def of(cls, packed: PackedWeight, rows: int, device: torch.device | str | None = None) -> Problem:
         """The problem of multiplying ``rows`` activation rows by ``packed`` on ``device`` (default: where it lies)."""
         place = torch.device(device) if device is not None else packed.tensors["values"].device
         capability = torch.cuda.get_device_capability(place) if place.type == "cuda" else None
-        return cls(packed.format, packed.pattern, packed.dtype, place.type, *packed.shape, rows, capability)
+        gpu = torch.cuda.get_device_name(place) if place.type == "cuda" else None
+        return cls(packed.format, packed.pattern, packed.dtype, place.type, *packed.shape, rows, capability, gpu)
 
     def with_rows(self, rows: int) -> Problem:
         return replace(self, rows=rows)
+
+    def measured(self) -> Mapping[str, tuning.Measured]:
+        """What this GPU's tables say of this problem, by kernel."""
+        if self.gpu is None:
+            return {}
+        shape = (self.out_features, self.in_features)
+        return tuning.lookup(self.gpu, tuning.pattern_key(self.pattern), self.dtype, shape, self.rows)
 
     @property
     def packed_nbytes(self) -> float:
@@ -102,7 +131,15 @@ class Kernel(ABC):
 
     @abstractmethod
     def cost(self, problem: Problem) -> float:
-        """Estimated time in µs; only its order among kernels matters."""
+        """Estimated time in µs where none was measured; only its order among kernels matters."""
+
+    def configs(self, problem: Problem) -> Sequence[Config]:
+        """The configurations that tuning measures for ``problem``; a kernel without any has one, the empty one."""
+        return ((),)
+
+    def layout_nbytes(self, problem: Problem, packed: PackedWeight) -> int | None:
+        """Bytes that this kernel's layout of ``packed`` takes, padding included, or None where only :meth:`prepare` can tell."""
+        return packed.nbytes if self.in_place else None
 
     def prepare(self, packed: PackedWeight) -> Layout:
         """The tensors that :meth:`run` reads, on the packed weight's device."""
@@ -116,15 +153,24 @@ class Kernel(ABC):
     def run(self, x: Tensor, layout: Layout, bias: Tensor | None, pattern: SparsityPattern) -> Tensor:
         """x (..., in_features) by the layout's weight, plus bias (out_features,); gives (..., out_features)."""
 
+    def run_config(self, x: Tensor, layout: Layout, bias: Tensor | None, pattern: SparsityPattern, config: Config) -> Tensor:
+        """:meth:`run` with one of :meth:`configs` instead of the kernel's own choice; for tuning, which times it."""
+        return self.run(x, layout, bias, pattern)
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the registry thinks of one kernel for one problem: a ``reason`` against it, or its ``cost`` in µs."""
+    """What the registry thinks of one kernel for one problem: a ``reason`` against it, or its time ``cost`` in µs.
+
+    ``source`` says where the time is from: :data:`ESTIMATE`, ``tuning.SHIPPED`` or ``tuning.USER``; ``config`` is what was measured.
+    """
 
     kernel: str
     reason: str | None
     cost: float | None
     chosen: bool
+    source: str | None = None
+    config: Config = ()
 
 
 _KERNELS: dict[str, Kernel] = {}
@@ -158,7 +204,7 @@ def get(name: str) -> Kernel:
 
 
 def select(problem: Problem, backend: str | None = None) -> Kernel:
-    """The kernel for ``problem``: the one named ``backend``, else the cheapest that does not reject it.
+    """The kernel for ``problem``: the one named ``backend``, else the fastest that does not reject it.
 
     Raises:
         InputError: no kernel is called ``backend``.
@@ -177,13 +223,19 @@ def select(problem: Problem, backend: str | None = None) -> Kernel:
 
 
 def explain(problem: Problem) -> list[Verdict]:
-    """A verdict for every registered kernel, the chosen one first, then the other able ones by cost, then the rejected."""
-    able: list[tuple[float, str]] = []
+    """A verdict for every registered kernel, the chosen one first, then the other able ones, then the rejected.
+
+    Able kernels are in order of time, those that were measured on this GPU before those with an estimate only.
+    """
+    measured = problem.measured()
+    able: list[Verdict] = []
     rejected: list[Verdict] = []
     for name, kernel in sorted(all_kernels().items()):
         if reason := kernel.rejects(problem):
             rejected.append(Verdict(name, reason, None, chosen=False))
+        elif (found := measured.get(name)) is not None:
+            able.append(Verdict(name, None, found.us, chosen=False, source=found.source, config=found.config))
         else:
-            able.append((kernel.cost(problem), name))
-    able.sort()
-    return [Verdict(name, None, cost, chosen=i == 0) for i, (cost, name) in enumerate(able)] + rejected
+            able.append(Verdict(name, None, kernel.cost(problem), chosen=False, source=ESTIMATE))
+    able.sort(key=lambda verdict: (verdict.source == ESTIMATE, verdict.cost, verdict.kernel))
+    return [replace(verdict, chosen=i == 0) for i, verdict in enumerate(able)] + rejected

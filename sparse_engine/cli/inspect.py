@@ -23,11 +23,12 @@ _ROWS = (1, 512)
 
 
 def _problem(checkpoint: Checkpoint, linear: str, device: torch.device) -> Problem:
+    from sparse_engine.formats.base import PackedWeight
     from sparse_engine.registry import Problem
 
     layer = checkpoint.packed_layers[linear]
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    return Problem(layer.format, layer.pattern, layer.dtype, device.type, *layer.shape, 1, capability)
+    described = PackedWeight(layer.format, 1, layer.pattern, layer.shape, layer.dtype, {})
+    return Problem.of(described, 1, device)
 
 
 def _layers(checkpoint: Checkpoint, device: torch.device) -> Iterator[dict[str, Any]]:
