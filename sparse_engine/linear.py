@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_engine import formats, registry
+from sparse_engine import formats, plan, registry
 from sparse_engine.errors import InputError
 from sparse_engine.formats.base import PackedWeight
 from sparse_engine.pattern import SparsityPattern
+from sparse_engine.policy import Policy
 
 __all__ = ["SparseLinear"]
 
@@ -25,6 +26,8 @@ class SparseLinear(nn.Module):
     Args:
         nnz: stored values, needed for an unstructured pattern only.
         backend: force one kernel by name; None lets the registry choose per number of rows.
+        dense: "auto", "never" or "always", whether a dense copy may be kept where it was measured to be faster; None takes the
+            environment variable SPARSE_ENGINE_DENSE, else "auto" (:mod:`sparse_engine.policy`).
 
     Raises:
         InputError: the pattern does not fit the shape.
@@ -45,11 +48,12 @@ class SparseLinear(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         backend: str | None = None,
+        dense: str | None = None,
     ) -> None:
         super().__init__()
         pattern.check_shape((out_features, in_features), "SparseLinear")
         self.in_features, self.out_features = in_features, out_features
-        self.pattern, self.backend = pattern, backend
+        self.pattern, self.backend, self.dense = pattern, backend, dense
         self.format = formats.for_pattern(pattern)
         for name, spec in self.format.specs((out_features, in_features), pattern, dtype, nnz).items():
             self.register_buffer(name, torch.empty(spec.shape, dtype=spec.dtype, device=device))
@@ -58,12 +62,13 @@ class SparseLinear(nn.Module):
         self._layout_owner: registry.Kernel | None = None
 
     @classmethod
-    def from_packed(cls, packed: PackedWeight, bias: Tensor | None = None, *, backend: str | None = None) -> SparseLinear:
+    def from_packed(
+        cls, packed: PackedWeight, bias: Tensor | None = None, *, backend: str | None = None, dense: str | None = None
+    ) -> SparseLinear:
         """Wrap a packed weight (sharing its tensors) and an optional bias (out_features,)."""
         rows, columns = packed.shape
-        module = cls(
-            columns, rows, packed.pattern, bias=bias is not None, nnz=packed.nnz, dtype=packed.dtype, device="meta", backend=backend
-        )
+        settings: dict[str, Any] = {"nnz": packed.nnz, "dtype": packed.dtype, "device": "meta", "backend": backend, "dense": dense}
+        module = cls(columns, rows, packed.pattern, bias=bias is not None, **settings)
         for name, tensor in packed.tensors.items():
             setattr(module, name, tensor)
         if bias is not None:
@@ -82,7 +87,7 @@ class SparseLinear(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weight tensors held now: packed tensors and any kernel layout, each storage once; the bias is not counted."""
+        """Bytes of weight tensors held now: packed tensors and every kernel's layout, each storage once; the bias is not counted."""
         held = list(self.buffers(recurse=False))
         for _, _, layout in self._plan or ():
             held += layout.values()
@@ -109,16 +114,16 @@ class SparseLinear(nn.Module):
         """
         if self._plan is None:
             packed = self.packed
-            problem = registry.Problem.of(packed, 1)
+            policy = Policy.here(packed.tensors["values"].device, self.dense)
             steps: list[tuple[int, registry.Kernel, registry.Layout]] = []
             layouts: dict[str, registry.Layout] = {}
-            for rows in registry.ROW_BUCKETS:
-                kernel = registry.select(problem.with_rows(rows), self.backend)
+            for step in plan.kernels_for(registry.Problem.of(packed, 1), self.backend, policy):
+                kernel = step.kernel
                 if kernel.name not in layouts:
                     layouts[kernel.name] = kernel.prepare(packed)
                 if steps and steps[-1][1] is kernel:
                     steps.pop()
-                steps.append((rows, kernel, layouts[kernel.name]))
+                steps.append((step.rows, kernel, layouts[kernel.name]))
             used = [kernel for _, kernel, _ in steps]
             if not any(kernel.in_place for kernel in used):
                 self._layout_owner = used[0]
@@ -129,14 +134,14 @@ class SparseLinear(nn.Module):
         return self._plan
 
     def forward(self, x: Tensor) -> Tensor:
-        plan = self._plan
-        if plan is None:
-            plan = self.plan()
+        steps = self._plan
+        if steps is None:
+            steps = self.plan()
         rows = x.numel() // self.in_features
-        for limit, kernel, layout in plan:
+        for limit, kernel, layout in steps:
             if rows <= limit:
                 return kernel.run(x, layout, self.bias, self.pattern)
-        _, kernel, layout = plan[-1]
+        _, kernel, layout = steps[-1]
         return kernel.run(x, layout, self.bias, self.pattern)
 
     def unpack(self) -> Tensor:

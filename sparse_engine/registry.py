@@ -22,9 +22,11 @@ from sparse_engine.discovery import import_all
 from sparse_engine.errors import InputError, KernelUnavailableError
 from sparse_engine.formats.base import PackedWeight
 from sparse_engine.pattern import SparsityPattern
+from sparse_engine.policy import UNLIMITED, Policy
 from sparse_engine.tuning import Config
 
 __all__ = [
+    "DENSE_GAIN",
     "ESTIMATE",
     "ROW_BUCKETS",
     "Config",
@@ -41,6 +43,9 @@ __all__ = [
 
 ESTIMATE = "estimate"
 """Source of a time that nobody measured; the others are those of :mod:`sparse_engine.tuning`."""
+
+DENSE_GAIN = 1.02
+"""A dense copy must be faster than the best packed kernel by more than this factor."""
 
 Layout = Mapping[str, Tensor]
 """Tensors in the form that a kernel reads; for an in-place kernel the packed tensors themselves."""
@@ -103,6 +108,8 @@ class Kernel(ABC):
         formats, devices, dtypes: what :meth:`rejects` checks before asking :meth:`unsupported`.
         in_place: the kernel reads the packed tensors as they are. If False, :meth:`prepare` builds a layout of its own and
             the packed tensors are released from the device; :meth:`recover` gives them back for saving.
+        keeps_dense: its layout is as large as the dense weight, so that it is chosen only where it was measured to be faster than
+            the best packed kernel and the policy allows it.
     """
 
     name: ClassVar[str]
@@ -110,6 +117,7 @@ class Kernel(ABC):
     devices: ClassVar[frozenset[str]]
     dtypes: ClassVar[frozenset[torch.dtype]]
     in_place: ClassVar[bool] = True
+    keeps_dense: ClassVar[bool] = False
 
     def rejects(self, problem: Problem) -> str | None:
         """Why this kernel cannot run ``problem`` (a phrase that can follow its name), or None when it can."""
@@ -137,6 +145,10 @@ class Kernel(ABC):
         """The configurations that tuning measures for ``problem``; a kernel without any has one, the empty one."""
         return ((),)
 
+    def compilations(self, problem: Problem, config: Config) -> Sequence[tuple[str, str, tuple[tuple[str, int], ...]]]:
+        """The (source, arch, macros) of :func:`cuda.compile_cubin` that running ``config`` needs, so that tuning compiles them at once."""
+        return ()
+
     def layout_nbytes(self, problem: Problem, packed: PackedWeight) -> int | None:
         """Bytes that this kernel's layout of ``packed`` takes, padding included, or None where only :meth:`prepare` can tell."""
         return packed.nbytes if self.in_place else None
@@ -160,7 +172,7 @@ class Kernel(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the registry thinks of one kernel for one problem: a ``reason`` against it, or its time ``cost`` in µs.
+    """What the registry thinks of one kernel for one problem: a ``reason`` against it, and its time ``cost`` in µs where it could run.
 
     ``source`` says where the time is from: :data:`ESTIMATE`, ``tuning.SHIPPED`` or ``tuning.USER``; ``config`` is what was measured.
     """
@@ -203,7 +215,7 @@ def get(name: str) -> Kernel:
     return kernels[name]
 
 
-def select(problem: Problem, backend: str | None = None) -> Kernel:
+def select(problem: Problem, backend: str | None = None, policy: Policy = UNLIMITED) -> Kernel:
     """The kernel for ``problem``: the one named ``backend``, else the fastest that does not reject it.
 
     Raises:
@@ -215,22 +227,22 @@ def select(problem: Problem, backend: str | None = None) -> Kernel:
         if reason := kernel.rejects(problem):
             raise KernelUnavailableError(f"backend {backend} cannot run this product: it {reason}")
         return kernel
-    verdicts = explain(problem)
+    verdicts = explain(problem, policy)
     for verdict in verdicts:
         if verdict.chosen:
             return get(verdict.kernel)
     raise KernelUnavailableError("no kernel can run this product: " + "; ".join(f"{v.kernel} {v.reason}" for v in verdicts))
 
 
-def explain(problem: Problem) -> list[Verdict]:
+def explain(problem: Problem, policy: Policy = UNLIMITED) -> list[Verdict]:
     """A verdict for every registered kernel, the chosen one first, then the other able ones, then the rejected.
 
     Able kernels are in order of time, those that were measured on this GPU before those with an estimate only.
     """
-    measured = problem.measured()
+    kernels, measured = all_kernels(), problem.measured()
     able: list[Verdict] = []
     rejected: list[Verdict] = []
-    for name, kernel in sorted(all_kernels().items()):
+    for name, kernel in sorted(kernels.items()):
         if reason := kernel.rejects(problem):
             rejected.append(Verdict(name, reason, None, chosen=False))
         elif (found := measured.get(name)) is not None:
@@ -238,4 +250,18 @@ def explain(problem: Problem) -> list[Verdict]:
         else:
             able.append(Verdict(name, None, kernel.cost(problem), chosen=False, source=ESTIMATE))
     able.sort(key=lambda verdict: (verdict.source == ESTIMATE, verdict.cost, verdict.kernel))
+    packed = next((verdict for verdict in able if not kernels[verdict.kernel].keeps_dense), None)
+    for verdict in [verdict for verdict in able if kernels[verdict.kernel].keeps_dense]:
+        if reason := policy.forbids(problem) or _no_gain(verdict, packed):
+            able.remove(verdict)
+            rejected.append(replace(verdict, reason=reason))
     return [replace(verdict, chosen=i == 0) for i, verdict in enumerate(able)] + rejected
+
+
+def _no_gain(dense: Verdict, packed: Verdict | None) -> str | None:
+    if dense.source == ESTIMATE:
+        return "keeps a dense copy, and was not measured for this product (sparse-engine tune)"
+    assert dense.cost is not None
+    if packed is not None and packed.cost is not None and packed.cost <= DENSE_GAIN * dense.cost:
+        return f"keeps a dense copy, and is not more than {DENSE_GAIN - 1:.0%} faster than {packed.kernel}"
+    return None

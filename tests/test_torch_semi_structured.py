@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_engine import SparseLinear, SparseOPTForCausalLM, formats, registry
+from sparse_engine.errors import InputError
 from sparse_engine.formats.base import PackedWeight
 from sparse_engine.mask import Mask
 from sparse_engine.pattern import SparsityPattern
@@ -59,6 +60,35 @@ def test_rejects_a_torch_without_cusparselt(monkeypatch: pytest.MonkeyPatch) -> 
 def test_is_preferred_to_unpacking(rows: int) -> None:
     problem = GOOD.with_rows(rows)
     assert 0 < registry.get(NAME).cost(problem) < registry.get("reference").cost(problem)
+
+
+def test_every_configuration_is_an_algorithm_and_a_split() -> None:
+    kernel = registry.get(NAME)
+    for capability in ((8, 0), (9, 0)):
+        configs = kernel.configs(replace(GOOD, capability=capability))
+        assert len(set(configs)) == len(configs)
+        assert configs[0] == (0, 1, -1), "torch's default comes first"
+    with pytest.raises(InputError, match="three whole numbers"):
+        kernel.run_config(torch.zeros(1, 16), {"compressed": torch.zeros(1), "bitmask": torch.zeros(16, 2)}, None, TWO_FOUR, ())
+
+
+@pytest.mark.gpu
+def test_configurations_that_cusparselt_takes_give_the_product() -> None:
+    packed = make_packed(768, 1536, torch.bfloat16, "cuda")
+    kernel = registry.get(NAME)
+    layout = kernel.prepare(packed)
+    dense = formats.get("nm").unpack(packed).double()
+    x = torch.randn(5, 1536, dtype=torch.bfloat16, device="cuda")
+    ran = 0
+    for config in kernel.configs(Problem.of(packed, 5)):
+        try:
+            got = kernel.run_config(x, layout, None, TWO_FOUR, config)
+        except RuntimeError:
+            continue
+        ran += 1
+        want = x.double() @ dense.T
+        assert float((got.double() - want).norm() / want.norm()) < TOLERANCE[torch.bfloat16], config
+    assert ran > 1
 
 
 @pytest.mark.gpu

@@ -1,12 +1,15 @@
-"""PyTorch's own 2:4 path (cuSPARSELt): what ``torch.sparse.to_sparse_semi_structured`` gives a user today.
+"""PyTorch's own 2:4 path, cuSPARSELt: what ``torch.sparse.to_sparse_semi_structured`` gives a user, with its algorithm searched.
 
-It is here to be compared with. Measured on an H200 (torch 2.11, bf16, weights read from HBM, CUDA graph, 768x768 to
-16384x4096), it ran at 0.22 to 0.48 of the speed of the dense product up to 64 rows, and at 0.53 to 1.07 from 256 rows on.
+It is here to be compared with. Measured on an H200 (torch 2.11, bf16, weights read from HBM, CUDA graph, 768x768 to 16384x4096), its
+default algorithm ran at 0.22 to 0.48 of the speed of the dense product up to 64 rows, and at 0.53 to 1.07 from 256 rows on. Torch
+builds cuSPARSELt's plan anew at each call and offers no way to keep one; inside a CUDA graph that costs nothing.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -14,13 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
 
-from sparse_engine import formats
+from sparse_engine import formats, tuning
+from sparse_engine.errors import InputError
 from sparse_engine.formats.base import PackedWeight, unpack_bits
 from sparse_engine.ops import define_linear
 from sparse_engine.pattern import SparsityPattern
-from sparse_engine.registry import Kernel, Layout, Problem, register
+from sparse_engine.registry import Config, Kernel, Layout, Problem, register
 
+_NAME = "torch_semi_structured"
 _TILE = 16
+_ROWS = 8
+"""Activation rows come in multiples of this, or the product is refused."""
+_ALGORITHMS = 48
+"""Algorithm numbers that tuning tries; the library refuses those it has not. Torch knows their number for old versions only."""
+_DEFAULT = (0, 1, -1)
 _TWO_FOUR = SparsityPattern.nm(2, 4)
 # Fitted to that measurement: below 256 rows cuSPARSELt's default algorithm reads weights at a fraction of the bandwidth.
 _MANY_ROWS = 256
@@ -36,14 +46,43 @@ def _wrap(compressed: Tensor, rows: int, columns: int) -> Tensor:
     return wrapped
 
 
-def _linear(x: Tensor, compressed: Tensor, bitmask: Tensor, bias: Tensor | None) -> Tensor:
-    rows, columns = bitmask.shape[0], x.shape[-1]
+def _product(x: Tensor, compressed: Tensor, rows: int, bias: Tensor | None, config: tuple[int, int, int]) -> Tensor:
+    """``config`` is (algorithm, parts that the columns are split into, how the parts are summed), in cuSPARSELt's numbers."""
+    columns = x.shape[-1]
     if x.numel() == 0:
         return x.new_empty((*x.shape[:-1], rows))
-    # The strides of activations are ignored down there: a strided view would give wrong sums without an error.
-    flat = x.reshape(-1, columns).contiguous()
-    y = F.linear(flat, _wrap(compressed, rows, columns), bias)
-    return y.reshape(*x.shape[:-1], rows).contiguous()
+    flat = x.reshape(-1, columns)
+    m = flat.shape[0]
+    if m % _ROWS:
+        flat = F.pad(flat, (0, 0, 0, -m % _ROWS))
+    elif not flat.is_contiguous() or flat.data_ptr() % 16:
+        # The strides of activations are ignored down there: a strided view would give wrong sums without an error.
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    algorithm, split_k, split_k_mode = config
+    # With the transposition fused the product comes out row-major, and the rows of the padding lie behind the others: no copy.
+    y = torch._cslt_sparse_mm(
+        compressed, flat.t(), bias, transpose_result=True, alg_id=algorithm, split_k=split_k, split_k_mode=split_k_mode
+    )
+    return y[:m].view(*x.shape[:-1], rows)
+
+
+def _checked(config: Config) -> tuple[int, int, int]:
+    match config:
+        case (int(algorithm), int(split_k), int(split_k_mode)):
+            return algorithm, split_k, split_k_mode
+    raise InputError(f"{_NAME} takes a configuration of three whole numbers, not {config}")
+
+
+@cache
+def _tuned(device: int, dtype: torch.dtype, shape: tuple[int, int], m: int) -> tuple[int, int, int]:
+    found = tuning.lookup(torch.cuda.get_device_name(device), str(_TWO_FOUR), dtype, shape, m).get(_NAME)
+    return _DEFAULT if found is None else _checked(found.config)
+
+
+def _linear(x: Tensor, compressed: Tensor, bitmask: Tensor, bias: Tensor | None) -> Tensor:
+    rows, columns = bitmask.shape[0], x.shape[-1]
+    config = _tuned(x.device.index, x.dtype, (rows, columns), x.numel() // columns)
+    return _product(x, compressed, rows, bias, config)
 
 
 def _fake(x: Tensor, compressed: Tensor, bitmask: Tensor, bias: Tensor | None) -> Tensor:
@@ -66,7 +105,7 @@ class TorchSemiStructuredKernel(Kernel):
     where a group has fewer than two non-zeros.
     """
 
-    name = "torch_semi_structured"
+    name = _NAME
     formats: ClassVar[frozenset[str]] = frozenset({"nm"})
     devices: ClassVar[frozenset[str]] = frozenset({"cuda"})
     dtypes: ClassVar[frozenset[torch.dtype]] = frozenset({torch.bfloat16, torch.float16})
@@ -86,6 +125,12 @@ class TorchSemiStructuredKernel(Kernel):
     def cost(self, problem: Problem) -> float:
         flops = 2.0 * problem.rows * problem.out_features * problem.in_features
         return _LAUNCH_US + problem.packed_nbytes / _BYTES_PER_US[problem.rows >= _MANY_ROWS] + flops / _FLOPS_PER_US
+
+    def configs(self, problem: Problem) -> Sequence[Config]:
+        # Hopper splits the columns by itself where asked to (-1); before it, into a number of parts, summed by one kernel or two.
+        hopper = problem.capability is not None and problem.capability >= (9, 0)
+        splits = ((1, -1), (-1, -1)) if hopper else ((1, -1), (2, 1), (4, 1), (4, 2))
+        return [(algorithm, *split) for split in splits for algorithm in range(_ALGORITHMS)]
 
     def prepare(self, packed: PackedWeight) -> Layout:
         dense = formats.get(packed.format).unpack(packed)
@@ -109,6 +154,9 @@ class TorchSemiStructuredKernel(Kernel):
 
     def run(self, x: Tensor, layout: Layout, bias: Tensor | None, pattern: SparsityPattern) -> Tensor:
         return _op(x, layout["compressed"], layout["bitmask"], bias)
+
+    def run_config(self, x: Tensor, layout: Layout, bias: Tensor | None, pattern: SparsityPattern, config: Config) -> Tensor:
+        return _product(x, layout["compressed"], layout["bitmask"].shape[0], bias, _checked(config))
 
 
 def _version(capability: tuple[int, int] | None) -> str:

@@ -1,0 +1,83 @@
+"""Which kernel a layer uses for each bucket of activation rows: the fastest, with as few layouts of its weight as that allows."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+
+from sparse_engine import registry
+from sparse_engine.policy import UNLIMITED, Policy
+from sparse_engine.registry import ESTIMATE, Kernel, Problem, Verdict
+
+__all__ = ["SLACK", "Step", "fewest_layouts", "kernels_for"]
+
+SLACK = 1.02
+"""A kernel within this factor of the fastest is as good as the fastest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Up to ``rows`` activation rows are multiplied by ``kernel``; ``verdict`` has its time there and where that is from."""
+
+    rows: int
+    kernel: Kernel
+    verdict: Verdict
+
+
+def kernels_for(problem: Problem, backend: str | None = None, policy: Policy = UNLIMITED) -> list[Step]:
+    """A step for each of :data:`registry.ROW_BUCKETS`: ``backend`` for all of them where it is given, else the registry's choice.
+
+    Raises:
+        InputError: no kernel is called ``backend``.
+        KernelUnavailableError: ``backend``, or every kernel, rejects one of the problems.
+    """
+    kernels = registry.all_kernels()
+    table: list[dict[str, Verdict]] = []
+    for rows in registry.ROW_BUCKETS:
+        asked = problem.with_rows(rows)
+        verdicts = registry.explain(asked, policy)
+        if backend is not None or not verdicts[0].chosen:
+            name = registry.select(asked, backend, policy).name
+            table.append({name: next(v for v in verdicts if v.kernel == name)})
+        else:
+            table.append(_as_good(verdicts))
+    in_place = {name for name, kernel in kernels.items() if kernel.in_place}
+    names = fewest_layouts([{name: _time(v) for name, v in row.items()} for row in table], in_place)
+    return [Step(rows, kernels[name], row[name]) for rows, name, row in zip(registry.ROW_BUCKETS, names, table, strict=True)]
+
+
+def _time(verdict: Verdict) -> float:
+    return verdict.cost if verdict.cost is not None else 0.0
+
+
+def _as_good(verdicts: Sequence[Verdict]) -> dict[str, Verdict]:
+    """The able kernels that may stand in for the chosen one, which is first; an estimate is no rival for a measured time."""
+    best = verdicts[0]
+    return {
+        v.kernel: v
+        for v in verdicts
+        if v.reason is None and (v.source == ESTIMATE) == (best.source == ESTIMATE) and _time(v) <= SLACK * _time(best)
+    }
+
+
+def fewest_layouts(options: Sequence[Mapping[str, float]], in_place: Set[str]) -> list[str]:
+    """One name per bucket out of ``options``, its kernels by time: as few layouts as possible, then as little time as possible.
+
+    Kernels ``in_place`` share one layout, the packed tensors.
+    """
+    names = sorted(set().union(*options))
+    best: tuple[int, float, list[str]] | None = None
+    for size in range(1, len(names) + 1):
+        for allowed in itertools.combinations(names, size):
+            picks = [min((n for n in row if n in allowed), key=lambda n: (row[n], n), default=None) for row in options]
+            picked = [name for name in picks if name is not None]
+            if len(picked) < len(options):
+                continue
+            layouts = len(set(picked) - in_place) + bool(in_place & set(picked))
+            slowness = sum(row[name] / max(min(row.values()), 1e-9) for row, name in zip(options, picked, strict=True))
+            if best is None or (layouts, slowness) < best[:2]:
+                best = layouts, slowness, picked
+    if best is None:
+        raise ValueError("every bucket needs at least one kernel")
+    return best[2]

@@ -1,0 +1,254 @@
+"""Which kernel a layer gets: the policy on dense copies, few layouts, and what a layer holds in the end."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparse_engine import SparseLinear, formats, registry, tuning
+from sparse_engine.errors import InputError, KernelUnavailableError
+from sparse_engine.formats.base import PackedWeight
+from sparse_engine.mask import Mask
+from sparse_engine.pattern import SparsityPattern
+from sparse_engine.plan import fewest_layouts, kernels_for
+from sparse_engine.policy import UNLIMITED, Policy
+from sparse_engine.registry import ROW_BUCKETS, Problem
+from sparse_engine.tuning import Measured
+
+GPU = "Test GPU 9000"
+SHAPE = (64, 128)
+BF16 = torch.bfloat16
+PROBLEM = Problem("nm", SparsityPattern.nm(2, 4), BF16, "cuda", *SHAPE, 1, (9, 0), GPU)
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+CPU = torch.device("cpu")
+
+
+def make_packed(pattern: str, shape: tuple[int, int], dtype: torch.dtype, device: str = "cpu") -> PackedWeight:
+    """A random weight with a zero row, kept zeros, and for an unstructured pattern rows that keep everything and nothing."""
+    generator = torch.Generator().manual_seed(shape[0] + shape[1])
+    parsed = SparsityPattern.parse(pattern)
+    weight = torch.randn(shape, generator=generator)
+    if parsed.is_nm:
+        n, m = parsed.group
+        order = torch.rand(shape[0], shape[1] // m, m, generator=generator).argsort(-1)
+        keep = torch.zeros(order.shape, dtype=torch.bool).scatter_(2, order[..., :n], True).view(shape)
+    else:
+        keep = torch.rand(shape, generator=generator) < parsed.density
+        keep[0], keep[-1] = True, False
+    weight[shape[0] // 2] = 0.0
+    weight[torch.rand(shape, generator=generator) < 0.1] = -0.0
+    return formats.for_pattern(parsed).pack(weight.to(dtype), Mask(parsed, keep)).to(device)
+
+
+def same(one: PackedWeight, other: PackedWeight) -> bool:
+    """Bit for bit, so that 0.0 and -0.0 differ."""
+    return one.tensors.keys() == other.tensors.keys() and all(
+        torch.equal(tensor.view(torch.uint8), other.tensors[name].view(torch.uint8)) for name, tensor in one.tensors.items()
+    )
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(("pattern", "shape"), [("2:4", (48, 80)), ("1:8", (5, 24)), ("0.5", (33, 131)), ("0.9", (3, 7))])
+def test_dense_gives_back_the_packed_weight(pattern: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    packed = make_packed(pattern, shape, dtype)
+    # A checkpoint from elsewhere may hold kept values of -0.0, which pack() itself never writes.
+    packed.tensors["values"].flatten()[::7] = -0.0
+    kernel = registry.get("dense")
+    layout = kernel.prepare(packed)
+    assert same(kernel.recover(layout, replace(packed, tensors={})), packed)
+    held = sum(t.numel() * t.element_size() for t in layout.values())
+    assert held == kernel.layout_nbytes(Problem.of(packed, 1), packed)
+
+
+def _check_product(pattern: str, shape: tuple[int, int], dtype: torch.dtype, rows: int, device: str) -> None:
+    packed = make_packed(pattern, shape, dtype, device)
+    kernel = registry.get("dense")
+    layout = kernel.prepare(packed)
+    dense = formats.get(packed.format).unpack(packed).double()
+    x = torch.randn(rows, shape[1], dtype=dtype, device=device)
+    strided = torch.randn(2, rows, 2 * shape[1], dtype=dtype, device=device)[..., ::2]
+    for bias in (None, torch.randn(shape[0], dtype=dtype, device=device)):
+        for activations in (x, strided):
+            want: Tensor = torch.nn.functional.linear(activations.double(), dense, None if bias is None else bias.double())
+            torch.full_like(want, float("nan"), dtype=dtype)
+            got = kernel.run(activations, layout, bias, packed.pattern)
+            assert got.shape == want.shape
+            assert float((got.double() - want).norm() / want.norm().clamp_min(1e-30)) < TOLERANCE[dtype]
+
+
+CASES = [("2:4", (48, 80)), ("4:8", (33, 264)), ("0.5", (33, 131)), ("0.7", (1, 3))]
+
+
+@pytest.mark.parametrize(("pattern", "shape"), CASES)
+def test_dense_product(pattern: str, shape: tuple[int, int]) -> None:
+    _check_product(pattern, shape, torch.float32, 3, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 3, 7, 17, 129])
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(("pattern", "shape"), CASES)
+def test_dense_product_on_a_gpu(pattern: str, shape: tuple[int, int], dtype: torch.dtype, rows: int) -> None:
+    _check_product(pattern, shape, dtype, rows, "cuda")
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three kernels beside dense and the reference on a GPU without any measured time: packed, sparse (in place) and other."""
+    monkeypatch.setenv("SPARSE_ENGINE_CACHE", str(tmp_path))
+
+    def kernel(called: str, *, reads_packed: bool) -> registry.Kernel:
+        class Fake(registry.Kernel):
+            name = called
+            formats = frozenset({"nm"})
+            devices = frozenset({"cuda", "cpu"})
+            dtypes = frozenset({BF16})
+            in_place = reads_packed
+
+            def cost(self, problem: Problem) -> float:
+                return 10.0
+
+            def prepare(self, packed: PackedWeight) -> registry.Layout:
+                return packed.tensors if reads_packed else {name: t.clone() for name, t in packed.tensors.items()}
+
+            def run(self, x: Tensor, layout: registry.Layout, bias: Tensor | None, pattern: SparsityPattern) -> Tensor:
+                return x.new_full((*x.shape[:-1], layout["values"].shape[0]), ord(called[0]))
+
+        return Fake()
+
+    fakes = {name: kernel(name, reads_packed=name == "sparse") for name in ("packed", "sparse", "other")}
+    every = fakes | {name: registry.get(name) for name in ("dense", "reference")}
+    monkeypatch.setattr(registry, "all_kernels", lambda: every)
+
+
+def measure(rows: int, **us: float) -> None:
+    tuning.record(GPU, "2:4", BF16, SHAPE, rows, {name: Measured(value) for name, value in us.items()})
+
+
+def reason_against_dense(policy: Policy = UNLIMITED) -> str | None:
+    return next(v.reason for v in registry.explain(PROBLEM, policy) if v.kernel == "dense")
+
+
+@pytest.mark.usefixtures("table")
+def test_dense_is_no_choice_without_a_measured_time() -> None:
+    assert "was not measured" in str(reason_against_dense())
+    measure(1, packed=5.0)
+    assert "was not measured" in str(reason_against_dense())
+    assert registry.select(PROBLEM).name == "packed"
+
+
+@pytest.mark.usefixtures("table")
+@pytest.mark.parametrize(("packed_us", "chosen"), [(10.3, "dense"), (10.2, "packed"), (9.0, "packed")])
+def test_dense_is_chosen_where_it_is_faster_by_more_than_two_percent(packed_us: float, chosen: str) -> None:
+    measure(1, dense=10.0, packed=packed_us, other=50.0)
+    assert registry.select(PROBLEM).name == chosen
+    assert (reason_against_dense() is None) == (chosen == "dense")
+    assert registry.select(PROBLEM, policy=Policy("never")).name == "packed"
+    assert registry.select(PROBLEM, "dense", Policy("never")).name == "dense", "asked for by name it runs"
+
+
+@pytest.mark.usefixtures("table")
+def test_dense_needs_room_unless_it_is_always_allowed() -> None:
+    measure(1, dense=1.0, packed=2.0)
+    enough = SHAPE[0] * SHAPE[1] * 2
+    assert reason_against_dense(Policy("auto", enough)) is None
+    assert "less than half" in str(reason_against_dense(Policy("auto", enough - 1)))
+    assert reason_against_dense(Policy("always")) is None
+
+
+def test_policy_comes_from_the_argument_then_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SPARSE_ENGINE_DENSE", raising=False)
+    assert Policy.here(CPU) == Policy("auto", math.inf)
+    monkeypatch.setenv("SPARSE_ENGINE_DENSE", "never")
+    assert Policy.here(CPU) == Policy("never")
+    assert Policy.here(CPU, "always") == Policy("always")
+    with pytest.raises(InputError, match="dense is 'often': use auto, never, always"):
+        Policy.here(CPU, "often")
+    monkeypatch.setenv("SPARSE_ENGINE_DENSE", "yes")
+    with pytest.raises(InputError, match="SPARSE_ENGINE_DENSE is 'yes'"):
+        Policy.here(CPU)
+
+
+@pytest.mark.parametrize(
+    ("options", "in_place", "expected"),
+    [
+        ([{"a": 1.0}, {"b": 1.0}], set(), ["a", "b"]),
+        ([{"a": 1.0}, {"b": 1.0, "a": 1.01}], set(), ["a", "a"]),
+        # One kernel that is never the fastest serves all three.
+        ([{"a": 1.0, "c": 1.02}, {"b": 1.0, "c": 1.02}, {"c": 1.0}], set(), ["c", "c", "c"]),
+        # Kernels in place share the packed tensors, so each bucket has its fastest.
+        ([{"a": 1.0}, {"b": 1.0, "a": 1.01}], {"a", "b"}, ["a", "b"]),
+        # Two layouts are needed anyhow; the least time decides which.
+        ([{"a": 1.0}, {"b": 1.0}, {"a": 1.02, "b": 1.01}], set(), ["a", "b", "b"]),
+    ],
+)
+def test_fewest_layouts(options: list[dict[str, float]], in_place: set[str], expected: list[str]) -> None:
+    assert fewest_layouts(options, in_place) == expected
+
+
+@pytest.mark.usefixtures("table")
+def test_a_kernel_that_is_nearly_as_fast_saves_a_layout() -> None:
+    for rows in ROW_BUCKETS:
+        measure(rows, packed=10.0 if rows != 16 else 10.1, other=30.0 if rows != 16 else 10.0)
+    assert {step.kernel.name for step in kernels_for(PROBLEM)} == {"packed"}
+    measure(16, packed=10.3)
+    assert [step.kernel.name for step in kernels_for(PROBLEM) if step.kernel.name != "packed"] == ["other"]
+
+
+@pytest.mark.usefixtures("table")
+def test_an_estimate_stands_in_for_no_measured_time() -> None:
+    measure(1, packed=10.1)
+    steps = kernels_for(PROBLEM)
+    assert steps[0].kernel.name == "packed"
+    assert steps[0].verdict.source == tuning.USER
+    assert steps[1].verdict.source == registry.ESTIMATE
+
+
+def test_a_kernel_that_rejects_a_bucket_is_an_error_when_forced() -> None:
+    with pytest.raises(KernelUnavailableError, match="runs on cpu, not cuda"):
+        kernels_for(PROBLEM, "cpu")
+
+
+def _layer(monkeypatch: pytest.MonkeyPatch, choice: dict[int, str]) -> tuple[SparseLinear, PackedWeight]:
+    """A layer on the CPU whose buckets are ``choice``'s, the last for the rest."""
+    monkeypatch.setattr(Problem, "measured", lambda self: {choice.get(self.rows, choice[max(choice)]): Measured(1.0)})
+    packed = make_packed("2:4", SHAPE, BF16)
+    kept = PackedWeight(packed.format, 1, packed.pattern, packed.shape, packed.dtype, {n: t.clone() for n, t in packed.tensors.items()})
+    return SparseLinear.from_packed(packed), kept
+
+
+@pytest.mark.usefixtures("table")
+@pytest.mark.parametrize(
+    ("choice", "copies", "dense", "released"),
+    [
+        ({1: "packed"}, 1, 0, True),
+        ({1: "sparse"}, 1, 0, False),
+        ({1: "packed", 2: "other"}, 2, 0, True),
+        ({1: "packed", 2: "sparse"}, 2, 0, False),
+        ({1: "packed", 2: "dense"}, 1, 1, True),
+        ({1: "dense"}, 0, 1, True),
+    ],
+    ids=str,
+)
+def test_a_layer_holds_what_its_kernels_read_and_gives_its_weight_back(
+    choice: dict[int, str], copies: int, dense: int, released: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, packed = _layer(monkeypatch, choice)
+    steps = layer.plan()
+    assert {kernel.name for _, kernel, _ in steps} == set(choice.values())
+    assert [rows for rows, _, _ in steps] == [*list(choice)[:-1], ROW_BUCKETS[-1]]
+    bitmask = packed.tensors["bitmask"].numel()
+    assert layer.nbytes == copies * packed.nbytes + dense * (packed.dense_nbytes + bitmask)
+    assert (layer.values.numel() == 0) == released
+    assert same(layer.packed, packed)
+    assert torch.equal(layer.state_dict()["values"], packed.tensors["values"])
+    for rows, kernel, _ in steps:
+        y = layer(torch.ones(rows, SHAPE[1], dtype=BF16))
+        assert y.shape == (rows, SHAPE[0])
+        if kernel.name != "dense":
+            assert float(y[0, 0]) == ord(kernel.name[0])
