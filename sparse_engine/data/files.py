@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from sparse_engine.errors import InputError
 
-__all__ = ["Rows", "open_text", "read_documents", "read_rows"]
+__all__ = ["Rows", "open_text", "read_documents", "read_raw_rows", "read_rows"]
 
 _log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def read_rows(path: Path | str) -> Rows:
         InputError: the file cannot be read, a line is not a JSON object, or no row has ``text``.
     """
     path = Path(path)
-    rows = _parquet_rows(path) if _kind(path) == ".parquet" else _jsonl_rows(path)
+    rows = read_raw_rows(path)
     usable = [row for row in rows if isinstance(row.get("text"), str) and row["text"].strip()]
     if not usable:
         raise InputError(f"{path} has no usable rows: none of its {len(rows)} rows has a non-empty `text` field")
@@ -83,6 +83,16 @@ def read_rows(path: Path | str) -> Rows:
     if skipped:
         _log.warning("%s: %d of %d rows have no `text` and are left out", path, skipped, len(rows))
     return Rows(usable, skipped)
+
+
+def read_raw_rows(path: Path | str) -> list[dict[str, Any]]:
+    """All rows of a ``.jsonl`` (``.gz``, ``.zst``) or ``.parquet`` file, whatever their fields.
+
+    Raises:
+        InputError: the file cannot be read, or a line is not a JSON object.
+    """
+    path = Path(path)
+    return _parquet_rows(path) if _kind(path) == ".parquet" else _jsonl_rows(path)
 
 
 def _jsonl_rows(path: Path) -> list[dict[str, Any]]:

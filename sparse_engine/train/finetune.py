@@ -1,0 +1,247 @@
+"""``finetune``: a checkpoint and example pairs in, a fine-tuned checkpoint or adapter out, resumable, whole by one rename."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparse_engine.checkpoint import Checkpoint, resolve
+from sparse_engine.checkpoint.writer import copy_side_files, publish, write_json
+from sparse_engine.data.encode import encode_pairs
+from sparse_engine.data.pairs import Pair
+from sparse_engine.errors import InputError, SparseEngineError
+from sparse_engine.mask import Mask
+from sparse_engine.progress import Track, silent
+from sparse_engine.train.base import linears_of, load_dense, load_quantised, masks_of
+from sparse_engine.train.save import write_checkpoint
+from sparse_engine.train.settings import FinetuneSettings
+
+__all__ = ["RECORD", "FinetuneReport", "finetune"]
+
+RECORD = "finetune.json"
+"""Settings, losses and cost of a run, beside what it wrote."""
+
+
+@dataclass(frozen=True, slots=True)
+class FinetuneReport:
+    """What a run did. Losses are nats per answer token; ``steps`` are optimizer steps, ``best_step`` the one that was kept."""
+
+    out: Path
+    steps: int
+    best_step: int
+    validation_loss: float
+    train_loss: float
+    seconds: float
+    trained_parameters: int
+
+
+def finetune(
+    source: str,
+    out: Path,
+    train: Sequence[Pair],
+    validation: Sequence[Pair],
+    settings: FinetuneSettings,
+    *,
+    teacher: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    track: Track = silent,
+) -> FinetuneReport:
+    """Fine-tune a checkpoint on the study's prompt, with the loss on the answer alone.
+
+    ``full`` writes a dense checkpoint, ``sparse-full`` a packed one with the mask it was given, the adapter methods a peft adapter
+    directory (see :mod:`sparse_engine.train.merge`). The weights kept are those of the best validation loss. An interrupted run
+    leaves ``<out>.partial`` and goes on from its last checkpoint with ``resume``.
+
+    Args:
+        teacher: dense checkpoint to distil from (any method).
+        dtype: stored type of a written checkpoint; default: the source's.
+
+    Raises:
+        InputError: the method does not suit the checkpoint, settings or data cannot be used, or ``out`` exists.
+        SparseEngineError: the loss became NaN, or a mask was lost.
+    """
+    if out.exists() and not overwrite:
+        raise InputError(f"{out} exists; choose another --out or pass --overwrite")
+    if not train or not validation:
+        raise InputError(f"fine-tuning needs training and validation examples, got {len(train)} and {len(validation)}")
+    started = time.monotonic()
+    path = resolve(source)
+    checkpoint = Checkpoint(path)
+    masks = _suited_masks(checkpoint, settings)
+    work = out.with_name(out.name + ".partial")
+    description = {
+        "checkpoint": checkpoint.identity(),
+        "teacher": Checkpoint(resolve(teacher)).identity() if teacher else None,
+        "settings": settings.to_dict(),
+        "data": _fingerprint(train, validation),
+    }
+    _begin(work, description, resume=resume)
+
+    from sparse_engine.cli.common import load_tokenizer
+    from sparse_engine.train.run import build_trainer, train_with_resume
+
+    tokenizer = load_tokenizer(path)
+    limits = {
+        "max_text_tokens": settings.max_text_tokens,
+        "max_summary_tokens": settings.max_summary_tokens,
+        "positions": checkpoint.family.max_length(checkpoint.config),
+    }
+    examples = [
+        encode_pairs(track(pairs, f"encoding {name} examples", len(pairs)), tokenizer, **limits)
+        for name, pairs in (("training", train), ("validation", validation))
+    ]
+    model = _model(path, masks, settings, torch.device(device))
+    taught_by = _teacher(teacher, checkpoint) if teacher else None
+    trainer = build_trainer(
+        model, examples[0], examples[1], settings, masks, work, teacher=taught_by, device=torch.device(device), track=track
+    )
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    train_loss = train_with_resume(trainer, resume=resume)
+    report = FinetuneReport(
+        out,
+        trainer.state.global_step,
+        trainer.state.best_global_step or trainer.state.global_step,
+        float(trainer.state.best_metric if trainer.state.best_metric is not None else float("nan")),
+        train_loss,
+        time.monotonic() - started,
+        trained,
+    )
+    if trainer.is_world_process_zero():
+        history = [{k: v for k, v in entry.items() if isinstance(v, (int, float))} for entry in trainer.state.log_history]
+        record: dict[str, Any] = {
+            "base": str(path.resolve()) if Path(source).expanduser().is_dir() else source,
+            "teacher": teacher,
+            "settings": settings.to_dict(),
+            "examples": {"train": len(train), "validation": len(validation)},
+            "steps": report.steps,
+            "best_step": report.best_step,
+            "validation_loss": report.validation_loss,
+            "train_loss": report.train_loss,
+            "seconds": report.seconds,
+            "trained_parameters": trained,
+            "tokens_per_epoch": sum(len(e["input_ids"]) for e in examples[0]),
+            "device": str(trainer.args.device),
+            "history": history,
+        }
+        _write(trainer.model, checkpoint, masks, settings, out, dtype, record, overwrite=overwrite)
+        shutil.rmtree(work)
+    trainer.accelerator.wait_for_everyone()
+    return report
+
+
+def _suited_masks(checkpoint: Checkpoint, settings: FinetuneSettings) -> dict[str, Mask]:
+    masks = masks_of(checkpoint)
+    if settings.method.startswith("sparse-") and not masks:
+        raise InputError(
+            f"{checkpoint.path} is dense, and --method {settings.method} trains under a mask: prune it first "
+            "(`sparse-engine convert --nm 2:4`), or use --method full or qlora"
+        )
+    if settings.method == "full" and masks:
+        raise InputError(
+            f"{checkpoint.path} is pruned, and --method full would fill its zeros again: use --method sparse-full to train its kept weights"
+        )
+    return masks
+
+
+def _begin(work: Path, description: dict[str, Any], *, resume: bool) -> None:
+    job = work / "job.json"
+    if not (resume and job.exists()):
+        # Every process of a launch comes here at once; what another has removed or made already is as good.
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True, exist_ok=True)
+        write_json(job, description)
+        return
+    found = json.loads(job.read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(description))
+    if changed := sorted(key for key in now if found.get(key) != now[key]):
+        raise InputError(
+            f"{work} was started with another {' and '.join(changed)}; resume with the same, or drop --resume to start anew"
+        )
+
+
+def _fingerprint(*parts: Sequence[Pair]) -> str:
+    digest = hashlib.sha256()
+    for pairs in parts:
+        for pair in pairs:
+            digest.update(json.dumps([pair.text, pair.summary]).encode())
+        digest.update(b"|")
+    return digest.hexdigest()
+
+
+def _model(path: Path, masks: dict[str, Mask], settings: FinetuneSettings, device: torch.device) -> Any:
+    torch.manual_seed(settings.seed)
+    model = load_quantised(path, settings.bits, device) if settings.bits else load_dense(path)
+    if settings.model_dropout is not None:
+        model.config.dropout = settings.model_dropout
+        for module in model.modules():
+            if isinstance(getattr(module, "dropout", None), float):
+                module.dropout = settings.model_dropout
+    model.config.use_cache = False
+    if settings.adapters:
+        from sparse_engine.train.adapters import add_adapters
+
+        return add_adapters(model, masks if settings.method == "sparse-lora" else {}, settings)
+    return model
+
+
+def _teacher(teacher: str, student: Checkpoint) -> Any:
+    path = resolve(teacher)
+    checkpoint = Checkpoint(path)
+    if checkpoint.config["vocab_size"] != student.config["vocab_size"]:
+        raise InputError(
+            f"teacher {teacher} has {checkpoint.config['vocab_size']} tokens, the student {student.config['vocab_size']}: "
+            "distillation needs the same vocabulary"
+        )
+    return load_dense(path)
+
+
+def _write(
+    model: Any,
+    checkpoint: Checkpoint,
+    masks: dict[str, Mask],
+    settings: FinetuneSettings,
+    out: Path,
+    dtype: torch.dtype | None,
+    record: dict[str, Any],
+    *,
+    overwrite: bool,
+) -> None:
+    if settings.adapters:
+        result = out.with_name(out.name + ".new")
+        shutil.rmtree(result, ignore_errors=True)
+        model.save_pretrained(result)
+        copy_side_files(checkpoint.path, result)
+        write_json(result / RECORD, record)
+        publish(result, out, overwrite=overwrite)
+        return
+    if masks:
+        for name, linear in linears_of(model, masks).items():
+            if bool((linear.weight.detach().cpu() != 0)[~masks[name].keep].any()):
+                raise SparseEngineError(f"{name} has non-zero weights that its mask removes after training; nothing was written")
+    first = checkpoint.family.linears(checkpoint.config)[0]
+    stored = checkpoint.packed_layers[first].dtype if first in checkpoint.packed_layers else checkpoint.spec(f"{first}.weight")[1]
+    source = (checkpoint.manifest or {}).get("made", {})
+    write_checkpoint(
+        checkpoint.config,
+        model.state_dict(),
+        masks,
+        out,
+        side_files=checkpoint.path,
+        dtype=dtype or stored,
+        made=source | {"finetuned": settings.method},
+        overwrite=overwrite,
+    )
+    write_json(out / RECORD, record)
+
+
