@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from sparse_engine.errors import InputError
 
-__all__ = ["Rouge", "rouge"]
+__all__ = ["Rouge", "rouge", "rouge_each"]
+
+_NAMES = ("rouge1", "rouge2", "rougeL")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,13 @@ class Rouge:
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str], *, stemmer: bool = False) -> Rouge:
-    """Mean over all pairs of the F measures of a prediction against its reference; a blank prediction scores 0.
+    """Mean over all pairs of :func:`rouge_each`."""
+    scores = rouge_each(predictions, references, stemmer=stemmer)
+    return Rouge(*(sum(getattr(score, name) for score in scores) / len(scores) for name in _NAMES))
+
+
+def rouge_each(predictions: Sequence[str], references: Sequence[str], *, stemmer: bool = False) -> list[Rouge]:
+    """The F measures of each prediction against its reference; a blank prediction scores 0.
 
     Raises:
         InputError: the lists differ in length or are empty, or the rouge-score package is not installed.
@@ -32,7 +40,6 @@ def rouge(predictions: Sequence[str], references: Sequence[str], *, stemmer: boo
         rouge_scorer = importlib.import_module("rouge_score.rouge_scorer")
     except ModuleNotFoundError:
         raise InputError("ROUGE needs the rouge-score package: pip install 'sparse-engine[eval]'") from None
-    names = ("rouge1", "rouge2", "rougeL")
-    scorer = rouge_scorer.RougeScorer(names, use_stemmer=stemmer)
+    scorer = rouge_scorer.RougeScorer(_NAMES, use_stemmer=stemmer)
     scores = [scorer.score(reference, prediction) for reference, prediction in zip(references, predictions, strict=True)]
-    return Rouge(*(sum(score[name].fmeasure for score in scores) / len(scores) for name in names))
+    return [Rouge(*(score[name].fmeasure for name in _NAMES)) for score in scores]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,8 @@ def add_adapters(model: Any, masks: Mapping[str, Mask], settings: FinetuneSettin
     peft = _peft()
     if settings.bits:
         # Layer norms in fp32 and inputs that carry gradients past the frozen quantised layers.
-        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        with _quiet():
+            model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -49,7 +52,8 @@ def add_adapters(model: Any, masks: Mapping[str, Mask], settings: FinetuneSettin
 
         attach_masks(model, masks)
         register_masked(config, model)
-    return peft.get_peft_model(model, config)
+    with _quiet():
+        return peft.get_peft_model(model, config)
 
 
 class Adapter:
@@ -103,7 +107,17 @@ def load_adapter(adapter: Adapter, device: torch.device, *, packed: bool = False
 
         attach_masks(model, adapter.masks)
         register_masked(config, model)
-    return peft.PeftModel.from_pretrained(model, adapter.path, config=config).eval()
+    with _quiet():
+        return peft.PeftModel.from_pretrained(model, adapter.path, config=config).eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides peft's notices of its own deprecated calls, and of packed layers, which MaskedLora is made for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")
+        warnings.filterwarnings("ignore", message="Unsupported layer type.*SparseLinear.*")
+        yield
 
 
 def _peft() -> Any:

@@ -80,9 +80,10 @@ def load_quantised(path: Path, bits: int, device: torch.device) -> Any:
         except (RuntimeError, NotImplementedError, ImportError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise KernelUnavailableError(
-                f"bitsandbytes cannot quantise to {bits} bits on {device} ({reason}); use --device cuda, or --bits 0 for an unquantised base"
+                f"bitsandbytes cannot quantise to {bits} bits on {device} ({reason}); use --device cuda, or --bits 0"
             ) from error
-    model.config.name_or_path = str(path)
+    # What peft records as the base and looks in for a config when it saves.
+    model.name_or_path = model.config.name_or_path = str(path)
     return model
 
 

@@ -23,7 +23,7 @@ class KeepMask(TrainerCallback):
     def __init__(self, linears: Mapping[str, nn.Linear], masks: Mapping[str, Mask]) -> None:
         self._pairs = [(linear.weight, masks[name].keep) for name, linear in linears.items()]
         for index, (weight, keep) in enumerate(self._pairs):
-            weight.register_hook(lambda gradient, index=index: gradient * self._keep(index, gradient.device))
+            weight.register_hook(lambda gradient, index=index: gradient * self._keep(index, gradient.device))  # type: ignore[no-untyped-call]
             with torch.no_grad():
                 weight.mul_(keep)
 

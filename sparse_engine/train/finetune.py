@@ -165,9 +165,7 @@ def _begin(work: Path, description: dict[str, Any], *, resume: bool) -> None:
     found = json.loads(job.read_text(encoding="utf-8"))
     now = json.loads(json.dumps(description))
     if changed := sorted(key for key in now if found.get(key) != now[key]):
-        raise InputError(
-            f"{work} was started with another {' and '.join(changed)}; resume with the same, or drop --resume to start anew"
-        )
+        raise InputError(f"{work} was started with another {' and '.join(changed)}; resume with the same, or drop --resume to start anew")
 
 
 def _fingerprint(*parts: Sequence[Pair]) -> str:
@@ -243,5 +241,3 @@ def _write(
         overwrite=overwrite,
     )
     write_json(out / RECORD, record)
-
-

@@ -31,7 +31,9 @@ class MaskedLora(nn.Module, LoraLayer):
         base_layer: any module with in_features and out_features and a :data:`MASK_BUFFER`.
     """
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, r: int = 0, lora_alpha: int = 1, **kwargs: Any) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, r: int = 0, lora_alpha: int = 1, **kwargs: Any
+    ) -> None:
         super().__init__()
         LoraLayer.__init__(self, base_layer, **kwargs)
         self._active_adapter = adapter_name
@@ -39,9 +41,13 @@ class MaskedLora(nn.Module, LoraLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """s·(M ⊙ BA), (out_features, in_features)."""
-        product = self.lora_B[adapter].weight @ self.lora_A[adapter].weight
+        low, high = self.lora_A[adapter], self.lora_B[adapter]
+        assert isinstance(low.weight, Tensor)
+        assert isinstance(high.weight, Tensor)
+        product = high.weight @ low.weight
         mask: Tensor = getattr(self.get_base_layer(), MASK_BUFFER)
-        return product * self.scaling[adapter] * mask.to(product.device)
+        scaled: Tensor = product * self.scaling[adapter] * mask.to(product.device)
+        return scaled
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result: Tensor = self.base_layer(x, *args, **kwargs)
@@ -69,5 +75,5 @@ def register_masked(config: LoraConfig, model: nn.Module) -> LoraConfig:
     peft does not save this choice: it is made anew whenever an adapter is loaded.
     """
     kinds = {type(module) for module in model.modules() if MASK_BUFFER in dict(module.named_buffers(recurse=False))}
-    config._register_custom_module({kind: MaskedLora for kind in kinds})  # type: ignore[no-untyped-call]
+    config._register_custom_module(dict.fromkeys(kinds, MaskedLora))
     return config

@@ -137,7 +137,7 @@ def train_with_resume(trainer: SparseTrainer, *, resume: bool) -> float:
         InputError: the device ran out of memory.
     """
     folder = str(trainer.args.output_dir)
-    last = get_last_checkpoint(folder) if resume else None
+    last = get_last_checkpoint(folder) if resume else None  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*will be cast from.*during quantization.*")
         try:

@@ -108,8 +108,14 @@ class FinetuneSettings:
         known = {field.name: field for field in dataclasses.fields(cls)}
         if unknown := values.keys() - known.keys():
             raise InputError(f"fine-tuning has no setting {min(unknown)!r}; known: {', '.join(known)}")
-        cast = {name: float(value) if isinstance(known[name].default, float) else value for name, value in values.items()}
         try:
+            # A recipe may write 3 where 3.0 is meant.
+            cast: dict[str, Any] = {
+                name: float(value) if isinstance(known[name].default, float) and value is not None else value
+                for name, value in values.items()
+            }
             return cls(**cast)
-        except TypeError as error:
+        except InputError:
+            raise
+        except (TypeError, ValueError) as error:
             raise InputError(f"a fine-tuning setting is of the wrong type: {error}") from None

