@@ -1,46 +1,54 @@
-"""The products of linear_decode.py under pytest-benchmark, for a quick look at one kernel or one shape.
+"""The products of `sparse-engine bench` under pytest-benchmark, for a quick look at one kernel or one shape.
 
 pytest bench/test_linear_decode.py --benchmark-only --benchmark-group-by=param:shape,param:rows -k "bf16"
+
+On a GPU each round is a replay of a CUDA graph of many products; `extra_info` holds their number.
 """
 
 from __future__ import annotations
 
 import itertools
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
-import linear_decode
 import pytest
 import torch
 
-from sparse_engine import native
-
-MISSING = native.available()
-pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"the native library cannot be used: it {MISSING}")
+from sparse_engine import formats, native, registry
+from sparse_engine.bench import linear_cpu, linear_gpu
+from sparse_engine.bench.shapes import PATTERNS, random_packed
+from sparse_engine.bench.suite import DTYPES
+from sparse_engine.bench.timing import Replay, copies_of
+from sparse_engine.bench.tune import TOLERANCE
+from sparse_engine.pattern import SparsityPattern
+from sparse_engine.policy import Policy
 
 SHAPES = [(768, 768), (768, 3072), (2048, 8192), (4096, 16384)]
+NO_NATIVE, NO_GPU = native.available(), linear_gpu.why_unavailable()
+over_shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
 
 
 @cache
-def dense(shape: tuple[int, int], values: str) -> linear_decode.Dense:
-    return linear_decode.Dense.random(shape, linear_decode.DTYPES[values])
+def dense(shape: tuple[int, int], values: str) -> linear_cpu.Dense:
+    return linear_cpu.Dense.random(shape, DTYPES[values])
 
 
 @cache
-def sparse(shape: tuple[int, int], pattern: str, values: str) -> linear_decode.Sparse:
-    return linear_decode.Sparse.random(shape, pattern, linear_decode.DTYPES[values])
+def sparse(shape: tuple[int, int], pattern: str, values: str) -> linear_cpu.Sparse:
+    return linear_cpu.Sparse.random(shape, pattern, DTYPES[values])
 
 
-@pytest.mark.parametrize("kernel", [*linear_decode.PATTERNS, "dense_torch", "dense_own", "dense_onednn"])
-@pytest.mark.parametrize("dtype", linear_decode.DTYPES)
+@pytest.mark.skipif(NO_NATIVE is not None, reason=f"the native library cannot be used: it {NO_NATIVE}")
+@pytest.mark.parametrize("kernel", [*PATTERNS, "dense_torch", "dense_own", "dense_onednn"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 8])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
+@over_shapes
 def test_linear_decode(benchmark: Any, shape: tuple[int, int], rows: int, dtype: str, kernel: str) -> None:
-    x = torch.randn(rows, shape[1]).to(linear_decode.DTYPES[dtype])
-    if kernel in linear_decode.PATTERNS:
+    x = torch.randn(rows, shape[1]).to(DTYPES[dtype])
+    if kernel in PATTERNS:
         weight = sparse(shape, kernel, dtype)
         product, nbytes = weight.product(x), weight.packed.nbytes
-        assert weight.relative_error(x) < {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-5}[dtype]
+        assert weight.relative_error(x) < TOLERANCE[DTYPES[dtype]]
     else:
         ways = dense(shape, dtype).products(x)
         if (name := kernel.removeprefix("dense_")) not in ways:
@@ -49,3 +57,25 @@ def test_linear_decode(benchmark: Any, shape: tuple[int, int], rows: int, dtype:
     benchmark.extra_info.update(isa=native.isa(), threads=torch.get_num_threads(), nbytes=nbytes)
     rounds = itertools.count()
     benchmark.pedantic(lambda: product(next(rounds)), rounds=30, warmup_rounds=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(NO_GPU is not None, reason=f"a GPU cannot be used: the bench {NO_GPU}")
+@pytest.mark.parametrize("kernel", [*PATTERNS, "dense"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("rows", [1, 16, 64])
+@over_shapes
+def test_linear_decode_gpu(benchmark: Any, shape: tuple[int, int], rows: int, dtype: str, kernel: str) -> None:
+    device, values = torch.device("cuda"), DTYPES[dtype]
+    x = torch.randn(rows, shape[1], device=device, dtype=values)
+    bias = torch.randn(shape[0], device=device, dtype=values)
+    packed = random_packed(shape, SparsityPattern.parse(PATTERNS.get(kernel, "2:4")), values, "cuda")
+    problem = registry.Problem.of(packed, rows)
+    chosen = registry.get("dense") if kernel == "dense" else linear_gpu.chosen(problem, None, Policy.here(device))
+    copies = copies_of(chosen.prepare(packed), device)
+    expected = x.double() @ formats.get(packed.format).unpack(packed).double().T + bias.double()
+    error = (chosen.run(x, copies[0], bias, packed.pattern).double() - expected).norm() / expected.norm()
+    assert float(error) < TOLERANCE[values]
+    replay = Replay([partial(chosen.run, x, held, bias, packed.pattern) for held in copies])
+    benchmark.extra_info.update(kernel=chosen.name, products=replay.count, us=replay.median_us(11))
+    benchmark.pedantic(replay.us, rounds=30, warmup_rounds=5)

@@ -14,7 +14,7 @@ import math
 import re
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,7 +27,20 @@ from sparse_engine import cuda
 from sparse_engine.errors import InputError
 from sparse_engine.pattern import SparsityPattern
 
-__all__ = ["SHIPPED", "USER", "Config", "Measured", "lookup", "pattern_key", "record", "shipped_path", "slug", "user_path"]
+__all__ = [
+    "SHIPPED",
+    "USER",
+    "Config",
+    "Entry",
+    "Measured",
+    "lookup",
+    "pattern_key",
+    "record",
+    "recorded",
+    "shipped_path",
+    "slug",
+    "user_path",
+]
 
 Config = tuple[str | int | float | bool | None, ...]
 """What a kernel may be run with, in the kernel's own terms; JSON scalars, so that a table can hold it."""
@@ -99,17 +112,25 @@ def _lookup(gpu: str, own: Path, pattern: str, dtype: str, shape: tuple[int, int
     return MappingProxyType({})
 
 
-def record(
-    gpu: str,
-    pattern: str,
-    dtype: torch.dtype,
-    shape: tuple[int, int],
-    rows: int,
-    measured: Mapping[str, Measured],
-    *,
-    path: Path | None = None,
-) -> Path:
-    """Add the times of one bucket to the table at ``path`` (default: the user's), keeping what else it holds; returns the path.
+def recorded(path: Path, gpu: str, pattern: str, dtype: torch.dtype, shape: tuple[int, int], rows: int) -> frozenset[str]:
+    """The kernels that the table at ``path`` has for exactly this type and number of rows."""
+    held = _read(path, gpu).get(pattern, {}).get(_DTYPES[dtype], {}).get(f"{shape[0]}x{shape[1]}", {})
+    return frozenset(held.get(str(rows), {}))
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """The kernels measured for one bucket of rows."""
+
+    pattern: str
+    dtype: torch.dtype
+    shape: tuple[int, int]
+    rows: int
+    measured: Mapping[str, Measured]
+
+
+def record(gpu: str, found: Sequence[Entry], *, path: Path | None = None) -> Path:
+    """Add ``found`` to the table at ``path`` (default: the user's), keeping what else it holds; returns the path.
 
     A damaged table there is moved aside under the ending ``.damaged``.
 
@@ -117,29 +138,38 @@ def record(
         InputError: the folder cannot be written.
     """
     path = path or user_path(gpu)
+    entries: Entries = {}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_file() and isinstance(_parse(path, gpu), str):
-            path.replace(path.with_name(path.name + ".damaged"))
-        found = _parse(path, gpu) if path.is_file() else {}
-        entries: Entries = found if isinstance(found, dict) else {}
-        place = entries.setdefault(pattern, {}).setdefault(_DTYPES[dtype], {}).setdefault(f"{shape[0]}x{shape[1]}", {})
-        place.setdefault(str(rows), {}).update({name: [round(m.us, 3), *m.config] for name, m in measured.items()})
-        text = _dumps(gpu, entries)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            file.write(text)
-        try:
-            Path(file.name).chmod(0o644)
-            Path(file.name).replace(path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                Path(file.name).unlink()
-            raise
+        if path.is_file():
+            held = _parse(path, gpu)
+            if isinstance(held, dict):
+                entries = held
+            else:
+                path.replace(path.with_name(path.name + ".damaged"))
+        for entry in found:
+            shapes = entries.setdefault(entry.pattern, {}).setdefault(_DTYPES[entry.dtype], {})
+            kernels = shapes.setdefault(f"{entry.shape[0]}x{entry.shape[1]}", {}).setdefault(str(entry.rows), {})
+            kernels.update({name: [round(m.us, 3), *m.config] for name, m in entry.measured.items()})
+        _write_whole(path, _dumps(gpu, entries))
     except OSError as error:
         raise InputError(f"the tuning table {path} cannot be written: {error.strerror or error}") from None
     _read.cache_clear()
     _lookup.cache_clear()
     return path
+
+
+def _write_whole(path: Path, text: str) -> None:
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        file.write(text)
+    temporary = Path(file.name)
+    try:
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 @cache

@@ -18,7 +18,7 @@ from sparse_engine.pattern import SparsityPattern
 from sparse_engine.plan import fewest_layouts, kernels_for
 from sparse_engine.policy import UNLIMITED, Policy
 from sparse_engine.registry import ROW_BUCKETS, Problem
-from sparse_engine.tuning import Measured
+from sparse_engine.tuning import Entry, Measured
 
 GPU = "Test GPU 9000"
 SHAPE = (64, 128)
@@ -127,7 +127,8 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def measure(rows: int, **us: float) -> None:
-    tuning.record(GPU, "2:4", BF16, SHAPE, rows, {name: Measured(value) for name, value in us.items()})
+    measured = {name: Measured(value) for name, value in us.items()}
+    tuning.record(GPU, [Entry("2:4", BF16, SHAPE, rows, measured)])
 
 
 def reason_against_dense(policy: Policy = UNLIMITED) -> str | None:

@@ -13,7 +13,7 @@ from sparse_engine import registry, tuning
 from sparse_engine.errors import InputError
 from sparse_engine.pattern import SparsityPattern
 from sparse_engine.registry import Problem
-from sparse_engine.tuning import Measured
+from sparse_engine.tuning import Entry, Measured
 
 GPU = "Test GPU 9000 (80GB)"
 SHAPE = (768, 3072)
@@ -30,7 +30,8 @@ def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def record(us: Mapping[str, float | Measured], rows: int = 1, *, shipped: bool = False, dtype: torch.dtype = BF16) -> Path:
     measured = {name: value if isinstance(value, Measured) else Measured(value) for name, value in us.items()}
-    return tuning.record(GPU, "2:4", dtype, SHAPE, rows, measured, path=tuning.shipped_path(GPU) if shipped else None)
+    entry = Entry("2:4", dtype, SHAPE, rows, measured)
+    return tuning.record(GPU, [entry], path=tuning.shipped_path(GPU) if shipped else None)
 
 
 def times(rows: int, dtype: torch.dtype = BF16) -> dict[str, float]:
@@ -62,7 +63,7 @@ def test_records_merge_and_leave_nothing_else_behind() -> None:
 def test_a_file_has_one_line_per_shape() -> None:
     record({"a": 1.0})
     record({"a": 2.0}, rows=16)
-    path = tuning.record(GPU, "2:4", BF16, (64, 32), 1, {"a": Measured(1.0)})
+    path = tuning.record(GPU, [Entry("2:4", BF16, (64, 32), 1, {"a": Measured(1.0)})])
     lines = [line for line in path.read_text().splitlines() if "x" in line]
     assert [line.split(":")[0] for line in lines] == ['"64x32"', '"768x3072"']
 
@@ -143,7 +144,7 @@ def test_a_damaged_table_is_one_warning_and_is_ignored(content: object, reason: 
 def test_a_table_that_cannot_be_written_is_an_input_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
-        tuning.record(GPU, "2:4", BF16, SHAPE, 1, {"a": Measured(1.0)}, path=tmp_path / "file" / "table.json")
+        tuning.record(GPU, [], path=tmp_path / "file" / "table.json")
 
 
 def test_shipped_tables_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,6 +132,9 @@ class TorchSemiStructuredKernel(Kernel):
         splits = ((1, -1), (-1, -1)) if hopper else ((1, -1), (2, 1), (4, 1), (4, 2))
         return [(algorithm, *split) for split in splits for algorithm in range(_ALGORITHMS)]
 
+    def layout_nbytes(self, problem: Problem, packed: PackedWeight) -> int | None:
+        return problem.dense_nbytes * 9 // 16 + problem.out_features * -(-problem.in_features // 8)
+
     def prepare(self, packed: PackedWeight) -> Layout:
         dense = formats.get(packed.format).unpack(packed)
         compressed = torch._cslt_compress(dense)

@@ -10,8 +10,21 @@ import typer
 
 from sparse_engine.errors import InputError, KernelUnavailableError
 
-__all__ = ["Backend", "Device", "Dtype", "load_model", "load_tokenizer", "parse_device", "parse_dtype", "quiet_transformers", "size_text"]
+__all__ = [
+    "Backend",
+    "Device",
+    "Dtype",
+    "load_model",
+    "load_tokenizer",
+    "parse_device",
+    "parse_dtype",
+    "parse_rows",
+    "quiet_transformers",
+    "size_text",
+    "split_list",
+]
 
+_MOST_ROWS = 1 << 16
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -28,6 +41,20 @@ def parse_dtype(text: str | None) -> torch.dtype | None:
     if text not in _DTYPES:
         raise InputError(f"unknown --dtype {text!r}: use {', '.join(_DTYPES)}")
     return _DTYPES[text]
+
+
+def split_list(given: list[str] | None) -> list[str]:
+    """The values of a repeatable option, each of which may itself be a list with commas."""
+    return [part.strip() for text in given or () for part in text.split(",") if part.strip()]
+
+
+def parse_rows(given: list[str] | None) -> list[int]:
+    """Numbers of activation rows from a repeatable option."""
+    texts = split_list(given)
+    for text in texts:
+        if not text.isdecimal() or not 1 <= int(text) <= _MOST_ROWS:
+            raise InputError(f"--rows takes whole numbers from 1 to {_MOST_ROWS}, not {text!r}")
+    return [int(text) for text in texts]
 
 
 def parse_device(text: str) -> torch.device:

@@ -1,35 +1,34 @@
-"""Times the chosen CPU kernel against dense products for the linear layers of the OPT models and few activation rows.
+"""Times the CPU kernel that dispatch chooses against every dense product at hand.
 
 Every product reads its weights from memory: they rotate over copies larger than the last-level cache. Sparse and dense
 products take turns within a round, so that a busy moment of the machine meets all of them. The limit is the time that
 only reading the packed bytes would take at the bandwidth measured in the same round.
-
-    python bench/linear_decode.py --models opt-1.3b opt-6.7b --layers fc2 --rows 1 --dtypes bf16
 """
 
 from __future__ import annotations
 
-import argparse
-import os
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import reporting
 import torch
 import torch.nn.functional as F
-from opt_shapes import HIDDEN, LAYERS, PATTERNS, random_packed, shape_of
 from torch import Tensor
 
 from sparse_engine import formats, native, registry
+from sparse_engine.bench.shapes import PATTERNS, random_packed
+from sparse_engine.bench.suite import DTYPES, Suite, key_of
+from sparse_engine.errors import KernelUnavailableError
 from sparse_engine.formats.base import PackedWeight
 from sparse_engine.pattern import SparsityPattern
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+__all__ = ["Dense", "Sparse", "last_level_cache_bytes", "measure", "take_turns", "why_unavailable"]
+
+_MOST_COPIES = 1024
+"""Weights of some kilobytes stay in a cache in any model."""
 
 Product = Callable[[int], object]
 """Runs one product with the copy of the weight that the round's number picks."""
@@ -46,7 +45,7 @@ def last_level_cache_bytes() -> int:
 
 def copies_of(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     nbytes = sum(t.numel() * t.element_size() for t in tensors.values())
-    count = 2 * last_level_cache_bytes() // max(nbytes, 1) + 2
+    count = min(2 * last_level_cache_bytes() // max(nbytes, 1) + 2, _MOST_COPIES)
     return [tensors, *({name: t.clone() for name, t in tensors.items()} for _ in range(count - 1))]
 
 
@@ -113,27 +112,35 @@ class Sparse:
 
     packed: PackedWeight
     bias: Tensor
-    layouts: list[dict[str, Tensor]]
+    copies: list[dict[str, Tensor]]
+    backend: str | None = None
 
     @classmethod
-    def random(cls, shape: tuple[int, int], pattern: str, dtype: torch.dtype) -> Sparse:
+    def random(cls, shape: tuple[int, int], pattern: str, dtype: torch.dtype, backend: str | None = None) -> Sparse:
         packed = random_packed(shape, SparsityPattern.parse(PATTERNS[pattern]), dtype)
-        return cls(packed, torch.randn(shape[0]).to(dtype), on_huge_pages(copies_of(dict(packed.tensors))))
+        return cls(packed, torch.randn(shape[0]).to(dtype), on_huge_pages(copies_of(dict(packed.tensors))), backend)
 
     def kernel(self, rows: int) -> registry.Kernel:
-        kernel = registry.select(registry.Problem.of(self.packed, rows))
-        if kernel.name == "reference":
-            raise SystemExit(f"the registry chose the reference kernel for {self.packed.pattern}; is the native library built?")
+        kernel = registry.select(registry.Problem.of(self.packed, rows), self.backend)
+        if kernel.name == "reference" and self.backend is None:
+            raise KernelUnavailableError(f"no kernel but the reference runs {self.packed.pattern} at M = {rows} here")
         return kernel
+
+    def layouts(self, kernel: registry.Kernel) -> list[registry.Layout]:
+        if kernel.in_place:
+            return list(self.copies)
+        return [kernel.prepare(replace(self.packed, tensors=held)) for held in self.copies]
 
     def product(self, x: Tensor) -> Product:
         kernel = self.kernel(x.shape[0])
-        return lambda i: kernel.run(x, self.layouts[i % len(self.layouts)], self.bias, self.packed.pattern)
+        layouts = self.layouts(kernel)
+        return lambda i: kernel.run(x, layouts[i % len(layouts)], self.bias, self.packed.pattern)
 
     def relative_error(self, x: Tensor) -> float:
         """Frobenius, against fp64 of the unpacked weight."""
         expected = x.double() @ formats.get(self.packed.format).unpack(self.packed).double().T + self.bias.double()
-        got = self.kernel(x.shape[0]).run(x, self.packed.tensors, self.bias, self.packed.pattern)
+        kernel = self.kernel(x.shape[0])
+        got = kernel.run(x, kernel.prepare(self.packed), self.bias, self.packed.pattern)
         return float((got - expected).norm() / expected.norm())
 
 
@@ -162,85 +169,72 @@ def summary(times: list[float], name: str) -> dict[str, float]:
     return {name: round(statistics.median(times), 2), f"{name}_min": round(min(times), 2)}
 
 
-def measure(settings: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    shapes = [(model, layer, shape_of(model, layer)) for model in settings.models for layer in settings.layers]
-    for model, layer, shape in shapes:
-        for values in settings.dtypes:
+def why_unavailable() -> str | None:
+    """Why this bench cannot run here (a phrase that can follow its name), or None when it can."""
+    return native.available()
+
+
+def measure(
+    suite: Suite, skip: Set[tuple[Any, ...]] = frozenset(), note: Callable[[str], None] = lambda text: None
+) -> Iterator[dict[str, Any]]:
+    """The rows of ``suite`` one by one, but for those whose key is in ``skip``.
+
+    Args:
+        note: called with a sentence for rows that are left out because the forced backend cannot run them.
+
+    Raises:
+        KernelUnavailableError: no kernel but the reference runs a product.
+    """
+    for model, layer, shape in suite.linears():
+        for values in suite.dtypes:
+            wanted: list[dict[str, Any]] = [
+                {"model": model, "layer": layer, "n": shape[0], "k": shape[1], "m": m, "pattern": pattern, "values": values}
+                for pattern in suite.patterns
+                for m in suite.rows
+            ]
+            wanted = [head for head in wanted if key_of(head) not in skip]
+            if not wanted:
+                continue
             dtype = DTYPES[values]
             dense = Dense.random(shape, dtype)
             dense_fp32 = dense if dtype is torch.float32 else Dense.random(shape, torch.float32)
-            for pattern in settings.patterns:
-                sparse = Sparse.random(shape, pattern, dtype)
+            for pattern in dict.fromkeys(head["pattern"] for head in wanted):
+                sparse = Sparse.random(shape, pattern, dtype, suite.backend)
                 read, read_bytes = reading(sparse.packed.nbytes)
-                for m in settings.rows:
-                    x = torch.randn(m, shape[1]).to(dtype)
-                    ways = {f"dense_{name}": product for name, product in dense.products(x).items()}
-                    fp32 = dense_fp32.products(x.float())["torch"]
-                    times = take_turns({"sparse": sparse.product(x), **ways, "dense_fp32": fp32, "read": read}, settings.seconds)
-                    us = statistics.median(times["sparse"])
-                    bandwidth = read_bytes / statistics.median(times["read"]) / 1e3
-                    best = min(ways, key=lambda name: statistics.median(times[name]))
-                    yield {
-                        "model": model,
-                        "layer": layer,
-                        "n": shape[0],
-                        "k": shape[1],
-                        "m": m,
-                        "pattern": pattern,
-                        "values": values,
-                        "kernel": sparse.kernel(m).name,
-                        **summary(times["sparse"], "us"),
-                        **summary(times["dense_torch"], "dense_us"),
-                        **summary(times[best], "best_dense_us"),
-                        "best_dense": best.removeprefix("dense_"),
-                        "dense_own_us": round(statistics.median(times["dense_own"]), 2),
-                        "dense_onednn_us": round(statistics.median(times["dense_onednn"]), 2) if "dense_onednn" in times else None,
-                        "dense_fp32_us": round(statistics.median(times["dense_fp32"]), 2),
-                        "cusparselt_us": None,
-                        "gb_per_s": round(sparse.packed.nbytes / us / 1e3, 2),
-                        "read_gb_per_s": round(bandwidth, 2),
-                        "tflops": round(2e-6 * m * shape[0] * shape[1] / us, 4),
-                        "limit_share": round(sparse.packed.nbytes / bandwidth / 1e3 / us, 3),
-                        "rel_error": sparse.relative_error(x),
-                        "rounds": len(times["sparse"]),
-                    }
+                for head in (head for head in wanted if head["pattern"] == pattern):
+                    try:
+                        sparse.kernel(head["m"])
+                    except KernelUnavailableError as error:
+                        if suite.backend is None:
+                            raise
+                        note(f"{model} {layer} {pattern} M = {head['m']} left out: {error}")
+                        continue
+                    yield head | _row(sparse, dense, dense_fp32, (read, read_bytes), head["m"], suite.seconds)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=HIDDEN, default=["opt-125m", "opt-1.3b", "opt-6.7b"])
-    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=["out", "fc1", "fc2"])
-    parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8])
-    parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=0.5, help="time for the rounds of one row of the table")
-    parser.add_argument("--device", default=f"cpu-{reporting.microarchitecture()}", help="folder under bench/results")
-    settings = parser.parse_args()
-    if reason := native.available():
-        print(f"this bench {reason}", file=sys.stderr)  # noqa: T201
-        return 2
-    torch.manual_seed(0)
-    torch.set_num_threads(settings.threads)
-    environment = reporting.environment()
-    environment["isa"] = native.isa()
-    environment["last_level_cache_bytes"] = last_level_cache_bytes()
-    rows = []
-    for row in measure(settings):
-        rows.append(row)
-        environment["load_average_1min_after"] = round(os.getloadavg()[0], 2)
-        # This bench itself keeps every thread busy, which shows in the later figure only.
-        busy = environment["load_average_1min"] > 0.5
-        environment["warning"] = "other programs were running: compare minima, not medians" if busy else None
-        speed = f"{row['us']:9.1f} us {row['dense_us'] / row['us']:5.2f}x torch {row['best_dense_us'] / row['us']:5.2f}x best"
-        least = (
-            f"minima {row['us_min']:9.1f} us {row['dense_us_min'] / row['us_min']:5.2f}x {row['best_dense_us_min'] / row['us_min']:5.2f}x"
-        )
-        name = f"{row['model']:9} {row['layer']:4} m {row['m']} {row['pattern']:12} {row['values']}"
-        print(f"{name} {speed} ({row['best_dense']}) {row['limit_share']:4.0%} of limit; {least}", flush=True)  # noqa: T201
-        reporting.write_results(settings.device, "linear-decode", environment, rows)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _row(sparse: Sparse, dense: Dense, dense_fp32: Dense, read: tuple[Product, int], m: int, seconds: float) -> dict[str, Any]:
+    n, k = sparse.packed.shape
+    x = torch.randn(m, k).to(sparse.packed.dtype)
+    ways = {f"dense_{name}": product for name, product in dense.products(x).items()}
+    fp32 = dense_fp32.products(x.float())["torch"]
+    times = take_turns({"sparse": sparse.product(x), **ways, "dense_fp32": fp32, "read": read[0]}, seconds)
+    us = statistics.median(times["sparse"])
+    bandwidth = read[1] / statistics.median(times["read"]) / 1e3
+    best = min(ways, key=lambda name: statistics.median(times[name]))
+    return {
+        "kernel": sparse.kernel(m).name,
+        **summary(times["sparse"], "us"),
+        **summary(times["dense_torch"], "dense_us"),
+        **summary(times[best], "best_dense_us"),
+        "best_dense": best.removeprefix("dense_"),
+        "dense_own_us": round(statistics.median(times["dense_own"]), 2),
+        "dense_onednn_us": round(statistics.median(times["dense_onednn"]), 2) if "dense_onednn" in times else None,
+        "dense_fp32_us": round(statistics.median(times["dense_fp32"]), 2),
+        "cusparselt_us": None,
+        "gb_per_s": round(sparse.packed.nbytes / us / 1e3, 2),
+        "read_gb_per_s": round(bandwidth, 2),
+        "tflops": round(2e-6 * m * n * k / us, 4),
+        "limit_share": round(sparse.packed.nbytes / bandwidth / 1e3 / us, 3),
+        "rel_error": sparse.relative_error(x),
+        "rounds": len(times["sparse"]),
+    }

@@ -1,0 +1,1 @@
+"""What the commands ``tune`` and ``bench`` measure, how they time it, and what they write."""

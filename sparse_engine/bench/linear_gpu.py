@@ -1,0 +1,158 @@
+"""Times the kernel that dispatch chooses on a GPU against every dense product at hand, cuSPARSELt, and only reading the packed bytes.
+
+All of them take turns in one run; :mod:`sparse_engine.bench.timing` says how they are timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Set
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_engine import cuda, formats, plan, registry
+from sparse_engine.bench.read_floor import BLOCKS_PER_PROCESSOR, read_products
+from sparse_engine.bench.shapes import PATTERNS, random_packed
+from sparse_engine.bench.suite import DTYPES, Suite, key_of
+from sparse_engine.bench.timing import Product, Replay, copies_of, take_turns, warm_up
+from sparse_engine.errors import KernelUnavailableError
+from sparse_engine.formats.base import PackedWeight
+from sparse_engine.pattern import SparsityPattern
+from sparse_engine.policy import Policy
+from sparse_engine.registry import Kernel, Problem
+
+__all__ = ["TIMING", "chosen", "measure", "why_unavailable"]
+
+TIMING = (
+    "CUDA graph of back-to-back products with programmatic overlap, weights rotated over twice the L2 cache, "
+    "medians of 11 replays in turns with the dense products"
+)
+_ROUNDS = 11
+_CUSPARSELT = "torch_semi_structured"
+
+
+def why_unavailable() -> str | None:
+    """Why this bench cannot run here (a phrase that can follow its name), or None when it can."""
+    return cuda.why_unavailable()
+
+
+def chosen(problem: Problem, backend: str | None, policy: Policy) -> Kernel:
+    """The kernel that a layer would run ``problem`` with, or ``backend``.
+
+    Raises:
+        KernelUnavailableError: ``backend`` cannot run it, or nothing but the reference can.
+    """
+    if backend is not None:
+        return registry.select(problem, backend)
+    steps = plan.kernels_for(problem, None, policy)
+    kernel = next((step.kernel for step in steps if problem.rows <= step.rows), steps[-1].kernel)
+    if kernel.name == "reference":
+        raise KernelUnavailableError(f"no kernel but the reference runs {problem.pattern} {problem.dtype} at M = {problem.rows} here")
+    return kernel
+
+
+def dense_products(x: Tensor, bias: Tensor, copies: list[dict[str, Tensor]]) -> dict[str, list[Product]]:
+    """Every way at hand to multiply by dense weights, a call per copy; "linear" is the one that a dense model runs."""
+    ways: dict[str, list[Product]] = {
+        "linear": [partial(F.linear, x, held["w"], bias) for held in copies],
+        "addmm": [partial(torch.addmm, bias[:, None], held["w"], x.T) for held in copies],
+    }
+    if x.shape[0] == 1:
+        ways["addmv"] = [partial(torch.addmv, bias, held["w"], x[0]) for held in copies]
+    return ways
+
+
+def _floor(packed: PackedWeight, device: torch.device, pool: Any) -> Replay:
+    """The fastest of the grids that only read as many bytes as ``packed`` has."""
+    data = torch.randint(0, 256, (packed.nbytes,), dtype=torch.uint8, device=device)
+    copies = [held["d"] for held in copies_of({"d": data}, device)]
+    replays = [Replay(read_products(copies, blocks), pool) for blocks in BLOCKS_PER_PROCESSOR]
+    warm_up(replays[0])
+    return min(replays, key=lambda replay: replay.median_us(5))
+
+
+def measure(
+    suite: Suite, device: torch.device, skip: Set[tuple[Any, ...]] = frozenset(), note: Callable[[str], None] = lambda text: None
+) -> Iterator[dict[str, Any]]:
+    """The rows of ``suite`` one by one, but for those whose key is in ``skip``; ``device`` must be the current one.
+
+    Args:
+        note: called with a sentence for rows that are left out because the forced backend cannot run them.
+
+    Raises:
+        KernelUnavailableError: no kernel but the reference runs a product.
+    """
+    for values in suite.dtypes:
+        for model, layer, shape in suite.linears():
+            yield from _measure_shape(suite, device, (model, layer, shape, values), skip, note)
+            torch.cuda.empty_cache()
+
+
+def _measure_shape(
+    suite: Suite, device: torch.device, what: tuple[str, str, tuple[int, int], str], skip: Set[tuple[Any, ...]], note: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    model, layer, (n, k), values = what
+    wanted = {
+        (pattern, m): {"model": model, "layer": layer, "n": n, "k": k, "m": m, "pattern": pattern, "values": values}
+        for pattern in suite.patterns
+        for m in suite.rows
+    }
+    wanted = {place: head for place, head in wanted.items() if key_of(head) not in skip}
+    if not wanted:
+        return
+    dtype, pool = DTYPES[values], torch.cuda.graph_pool_handle()
+    policy = Policy.here(device)
+    bias = torch.randn(n, device=device, dtype=dtype)
+    inputs = {m: torch.randn(m, k, device=device, dtype=dtype) for m in sorted({m for _, m in wanted})}
+    copies = copies_of({"w": (torch.randn(n, k, device=device) * 0.02).to(dtype)}, device)
+    dense = {m: {name: Replay(calls, pool) for name, calls in dense_products(x, bias, copies).items()} for m, x in inputs.items()}
+    for pattern in dict.fromkeys(pattern for pattern, _ in wanted):
+        packed = random_packed((n, k), SparsityPattern.parse(PATTERNS[pattern]), dtype, str(device))
+        unpacked = formats.get(packed.format).unpack(packed).double()
+        layouts: dict[str, list[dict[str, Tensor]]] = {}
+        floor = _floor(packed, device, pool)
+        for m, x in inputs.items():
+            if (pattern, m) not in wanted:
+                continue
+            problem = Problem.of(packed, m)
+            try:
+                kernel = chosen(problem, suite.backend, policy)
+            except KernelUnavailableError as error:
+                if suite.backend is None:
+                    raise
+                note(f"{model} {layer} {pattern} M = {m} left out: {error}")
+                continue
+            others = [registry.get(_CUSPARSELT)] if _CUSPARSELT in problem.measured() else []
+            replays: dict[str, Replay] = {}
+            for one in dict.fromkeys((kernel, *others)):
+                if one.name not in layouts:
+                    layouts[one.name] = copies_of(one.prepare(packed), device)
+                calls = [partial(one.run, x, held, bias, packed.pattern) for held in layouts[one.name]]
+                replays[f"kernel {one.name}"] = Replay(calls, pool)
+            replays |= {f"dense {name}": replay for name, replay in dense[m].items()}
+            warm_up(replays[f"kernel {kernel.name}"], 0.01)
+            times = take_turns(replays | {"floor": floor}, _ROUNDS)
+            us = times[f"kernel {kernel.name}"]
+            best = min((name for name in times if name.startswith("dense ")), key=times.__getitem__)
+            searched = times.get(f"kernel {_CUSPARSELT}") if others else None
+            expected = x.double() @ unpacked.T + bias.double()
+            distance = (kernel.run(x, layouts[kernel.name][0], bias, packed.pattern).double() - expected).norm() / expected.norm()
+            yield wanted[pattern, m] | {
+                "kernel": kernel.name,
+                "us": round(us, 3),
+                "dense_us": round(times["dense linear"], 3),
+                "best_dense_us": round(times[best], 3),
+                "best_dense": best.removeprefix("dense "),
+                "cusparselt_us": None if searched is None else round(searched, 3),
+                "gb_per_s": round((packed.dense_nbytes if kernel.keeps_dense else packed.nbytes) / us / 1e3, 1),
+                "tflops": round(2e-6 * m * n * k / us, 2),
+                "limit_us": round(times["floor"], 3),
+                "limit_share": round(times["floor"] / us, 3),
+                "rel_error": float(distance),
+                "layout_nbytes": sum(t.numel() * t.element_size() for t in layouts[kernel.name][0].values()),
+                "packed_nbytes": packed.nbytes,
+            }
+        del layouts, unpacked, floor

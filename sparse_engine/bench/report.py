@@ -1,0 +1,135 @@
+"""What the latency suite's results look like: Markdown tables by size class, model and shape, and a plot of the speed-ups."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["by_class", "by_model", "by_shape", "geometric_mean", "linear_tables", "plot", "table", "unique"]
+
+Row = dict[str, Any]
+
+_MB = 1e6
+CLASSES: dict[str, Callable[[Row], bool]] = {
+    "M = 1, dense weight of 128 MB and more": lambda row: row["m"] == 1 and _dense_mb(row) >= 128,
+    "M = 1, 32 to 128 MB": lambda row: row["m"] == 1 and 32 <= _dense_mb(row) < 128,
+    "M = 1, 8 to 32 MB": lambda row: row["m"] == 1 and 8 <= _dense_mb(row) < 32,
+    "M = 1, OPT-125m": lambda row: row["m"] == 1 and row["model"] == "opt-125m",
+    "M = 2 … 16, 128 MB and more": lambda row: 2 <= row["m"] <= 16 and _dense_mb(row) >= 128,
+    "M = 32 … 64, 32 MB and more": lambda row: 32 <= row["m"] <= 64 and _dense_mb(row) >= 32,
+    "M = 128, 32 MB and more": lambda row: row["m"] == 128 and _dense_mb(row) >= 32,
+}
+"""Classes of products that are bound by the same thing."""
+_VALUE_BYTES = {"fp32": 4}
+
+
+def _dense_mb(row: Row) -> float:
+    return float(row["n"] * row["k"] * _VALUE_BYTES.get(row["values"], 2) / _MB)
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs))
+
+
+def table(header: list[str], body: Iterable[list[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *body)]
+    return "\n".join(lines) + "\n"
+
+
+def unique(rows: list[Row], key: str) -> list[Any]:
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+def linear_tables(content: dict[str, Any]) -> str:
+    """The tables that fit the results: by size class and by model where there are many shapes, else by shape."""
+    rows = content["rows"]
+    if len({(row["n"], row["k"]) for row in rows}) > 12:
+        return by_class(rows) + "\n" + by_model(rows)
+    return by_shape(rows)
+
+
+def by_class(rows: list[Row]) -> str:
+    """Geometric means over the shapes of a class: speed-up over torch's dense linear, over the best dense product in brackets, and the
+    share of the time that reading the packed bytes takes."""
+    columns = [(pattern, values) for values in unique(rows, "values") for pattern in unique(rows, "pattern")]
+    body = []
+    for name, belongs in CLASSES.items():
+        cells = [[row for row in rows if belongs(row) and (row["pattern"], row["values"]) == column] for column in columns]
+        if any(cells):
+            body.append([name, *(_speed(cell) + _share(cell) for cell in cells), _versus_cusparselt([row for c in cells for row in c])])
+    heading = ["geometric means", *(f"{pattern} {values}" for pattern, values in columns), "2:4 over searched cuSPARSELt"]
+    return table(heading, body)
+
+
+def by_model(rows: list[Row]) -> str:
+    """Geometric means over a model's layers, at few, several and many rows."""
+    columns = [(pattern, m) for pattern in unique(rows, "pattern") for m in (1, 16, 64)]
+    body = []
+    for model in unique(rows, "model"):
+        cells = [[row for row in rows if (row["model"], row["pattern"], row["m"]) == (model, *column)] for column in columns]
+        body.append([model, *(_speed(cell) for cell in cells)])
+    return table(["linears of", *(f"{pattern}, M = {m}" for pattern, m in columns)], body)
+
+
+def by_shape(rows: list[Row]) -> str:
+    """Each shape at the smallest number of rows measured, small shapes first."""
+    least = min(row["m"] for row in rows)
+    rows = [row for row in rows if row["m"] == least]
+    columns = [(pattern, values) for values in unique(rows, "values") for pattern in unique(rows, "pattern")]
+    body = []
+    for n, k in sorted({(row["n"], row["k"]) for row in rows}, key=lambda shape: (shape[0] * shape[1], shape)):
+        found = {(row["pattern"], row["values"]): [row] for row in rows if (row["n"], row["k"]) == (n, k)}
+        body.append([f"{n} × {k}", *(_speed(found.get(column, [])) for column in columns)])
+    return table([f"out × in, M = {least}", *(f"{pattern} {values}" for pattern, values in columns)], body)
+
+
+def _speed(rows: list[Row]) -> str:
+    if not rows:
+        return "–"
+    over_torch, over_best = (geometric_mean(row[key] / row["us"] for row in rows) for key in ("dense_us", "best_dense_us"))
+    return f"{over_torch:.2f}× ({over_best:.2f}×)"
+
+
+def _share(rows: list[Row]) -> str:
+    shares = [row["limit_share"] for row in rows if row["limit_share"] is not None]
+    return f", {geometric_mean(shares):.0%}" if shares else ""
+
+
+def _versus_cusparselt(rows: list[Row]) -> str:
+    measured = [row["cusparselt_us"] / row["us"] for row in rows if row["cusparselt_us"] is not None]
+    return f"{geometric_mean(measured):.2f}×" if measured else "–"
+
+
+def plot(content: dict[str, Any], path: Path) -> None:
+    """Write an SVG to ``path``: speed-up over the best dense kernel against M, geometric mean over the shapes; dense = 1.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    # Without these two the same figures would give another file each time.
+    mpl.rcParams["svg.hashsalt"] = "sparse-engine"
+    import matplotlib.pyplot as plt
+
+    rows = content["rows"]
+    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    for values in unique(rows, "values"):
+        for pattern in unique(rows, "pattern"):
+            points = [row for row in rows if (row["values"], row["pattern"]) == (values, pattern)]
+            places = sorted({row["m"] for row in points})
+            means = [geometric_mean(row["best_dense_us"] / row["us"] for row in points if row["m"] == m) for m in places]
+            axes.plot(places, means, marker="o", label=f"{pattern} {values}")
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set(xscale="log", xlabel="activation rows M", ylabel="speed-up over the best dense kernel", ylim=(0, None))
+    axes.set_xticks(sorted({row["m"] for row in rows}), labels=[str(m) for m in sorted({row["m"] for row in rows})])
+    axes.minorticks_off()
+    axes.set_title(content["environment"].get("gpu") or content["environment"].get("cpu") or path.parent.name, fontsize=9)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)

@@ -1,0 +1,95 @@
+"""Times GPU products by replays of CUDA graphs, with weights that come from memory.
+
+A graph holds products back to back, each with the next of several copies of its weight that together exceed the L2 cache, as in a
+model, where every weight is read once per token; kernels that allow it overlap their start with the end of the one before.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_engine.registry import Layout
+
+__all__ = ["Product", "Replay", "copies_of", "take_turns", "warm_up"]
+
+Product = Callable[[], Any]
+
+_LEAST_PRODUCTS = 12
+_MOST_COPIES = 256
+_CACHES = 2.0
+"""Bytes of all copies together, in L2 caches."""
+
+
+def copies_of(layout: Layout, device: torch.device) -> list[dict[str, Tensor]]:
+    """``layout`` and as many copies of it as exceed the L2 cache of ``device`` twice over, at least two in all."""
+    nbytes = sum(t.numel() * t.element_size() for t in layout.values())
+    cache: int = torch.cuda.get_device_properties(device).L2_cache_size
+    count = min(int(_CACHES * cache) // max(nbytes, 1) + 2, _MOST_COPIES)
+    return [dict(layout), *({name: t.clone() for name, t in layout.items()} for _ in range(count - 1))]
+
+
+@cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """One for all graphs: libraries keep a workspace for every stream that they meet."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+class Replay:
+    """A captured graph of ``products`` on the current device, repeated until it holds at least a dozen.
+
+    ``pool`` (from ``torch.cuda.graph_pool_handle``) lets graphs whose results nobody reads share their memory.
+
+    Raises:
+        RuntimeError: a product cannot be captured.
+    """
+
+    def __init__(self, products: Sequence[Product], pool: Any = None) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        self.count = len(products) * -(-_LEAST_PRODUCTS // len(products))
+        torch.cuda.synchronize()
+        # Not torch.cuda.graph, which empties the allocator's cache each time: tuning captures thousands of graphs.
+        with torch.cuda.stream(_capture_stream(torch.cuda.current_device())):
+            # What is set up at a first call cannot be captured.
+            products[0]()
+            torch.cuda.synchronize()
+            self._graph.capture_begin(*(() if pool is None else (pool,)))
+            try:
+                for i in range(self.count):
+                    products[i % len(products)]()
+            finally:
+                self._graph.capture_end()
+
+    def us(self) -> float:
+        """Microseconds of one product in one replay."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        self._graph.replay()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) * 1e3 / self.count
+
+    def median_us(self, replays: int) -> float:
+        return statistics.median(self.us() for _ in range(replays))
+
+
+def warm_up(replay: Replay, seconds: float = 0.02) -> None:
+    """Replay for a while: right after other work the clocks are still on the move."""
+    begun = time.perf_counter()
+    while time.perf_counter() - begun < seconds:
+        replay.us()
+
+
+def take_turns(replays: dict[str, Replay], rounds: int) -> dict[str, float]:
+    """Median microseconds of each, replayed in turns so that a drift of the clocks meets all of them; the first round is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in replays}
+    for _ in range(rounds + 1):
+        for name, replay in replays.items():
+            times[name].append(replay.us())
+    return {name: statistics.median(spent[1:]) for name, spent in times.items()}

@@ -1,0 +1,302 @@
+"""The commands bench and tune: what they refuse, what they write, how tables come out, and the parts of tuning that need no GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparse_engine import cuda, native, registry, tuning
+from sparse_engine.bench import read_floor, report, run
+from sparse_engine.bench.suite import FIELDS, Suite, key_of, wrong_field
+from sparse_engine.bench.timing import take_turns
+from sparse_engine.bench.tune import Bucket, Candidate, buckets, pending, settle, tune
+from sparse_engine.cli import main
+from sparse_engine.cli.common import parse_rows, split_list
+from sparse_engine.cli.tune import _wanted
+from sparse_engine.errors import InputError, KernelUnavailableError
+from sparse_engine.pattern import SparsityPattern
+from sparse_engine.registry import Problem
+from sparse_engine.tuning import Entry, Measured
+
+CPU = torch.device("cpu")
+BF16 = torch.bfloat16
+TWO_FOUR, HALF = SparsityPattern.nm(2, 4), SparsityPattern.unstructured(0.5)
+needs_native = pytest.mark.skipif(native.available() is not None, reason=f"the native library cannot be used: it {native.available()}")
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """Run a command line in an empty working directory; gives the exit code and both outputs."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stopped:
+            main([str(a) for a in arguments])
+        assert isinstance(stopped.value.code, int)
+        return (stopped.value.code, *capfd.readouterr())
+
+    return command
+
+
+@needs_native
+def test_bench_on_a_cpu_writes_the_schema_a_table_and_goes_on(cli, tmp_path: Path) -> None:
+    arguments = ("bench", "--device", "cpu", "--shape", "16x64", "--patterns", "2:4,unstructured", "--seconds", "0.001", "--out", "results")
+    code, printed, errors = cli(*arguments, "--rows", "1", "--dtypes", "fp32")
+    assert code == 0, errors
+    path = tmp_path / "results" / "linear-decode.json"
+    content = run.read_results(path)
+    assert {(row["pattern"], row["m"], row["layer"]) for row in content["rows"]} == {("2:4", 1, "16x64"), ("unstructured", 1, "16x64")}
+    for row in content["rows"]:
+        assert wrong_field(row) is None
+        assert row["cusparselt_us"] is None
+        assert row["rel_error"] < 1e-5
+        assert row["kernel"] == "cpu"
+    for key in ("command", "commit", "cpu", "date", "isa", "threads", "torch", "load_average_1min"):
+        assert key in content["environment"]
+    assert "| 16 × 64 |" in printed
+    assert "16 × 64" in path.with_suffix(".md").read_text()
+    before = content["rows"]
+
+    assert cli(*arguments, "--rows", "1,3", "--dtypes", "fp32", "--resume")[0] == 0
+    rows = run.read_results(path)["rows"]
+    assert rows[:2] == before
+    assert [row["m"] for row in rows] == [1, 1, 3, 3]
+
+    content = json.loads(path.read_text())
+    content["environment"]["torch"] = "1.0"
+    path.write_text(json.dumps(content))
+    code, _, errors = cli(*arguments, "--rows", "1", "--dtypes", "fp32", "--resume")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "measured with torch 1.0" in errors
+
+
+@needs_native
+def test_a_forced_backend_is_the_one_measured_and_its_rejections_are_told(cli, tmp_path: Path) -> None:
+    base = ("bench", "--device", "cpu", "--shape", "16x64", "--rows", "1", "--seconds", "0.001", "--patterns", "2:4", "--out", "r")
+    assert cli(*base, "--backend", "reference")[0] == 0
+    assert [row["kernel"] for row in run.read_results(tmp_path / "r" / "linear-decode.json")["rows"]] == ["reference"]
+    code, _, errors = cli(*base, "--backend", "cuda_nm")
+    assert code == 2
+    assert "left out: backend cuda_nm cannot run this product: it runs on cuda, not cpu" in errors
+    assert "runs none of the products" in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--models", "gpt-2"), "unknown model 'gpt-2': use opt-125m"),
+        (("--layers", "fc3"), "unknown layer 'fc3'"),
+        (("--patterns", "3:4"), "unknown pattern '3:4'"),
+        (("--dtypes", "int8"), "unknown dtype 'int8'"),
+        (("--rows", "0"), "--rows takes whole numbers from 1"),
+        (("--rows", "1,x"), "not 'x'"),
+        (("--shape", "16"), "cannot read --shape '16'"),
+        (("--shape", "16x63"), "2:4 cannot divide"),
+        (("--backend", "magic"), "unknown backend 'magic'"),
+        (("--threads", "0"), "--threads must be 1 or more"),
+        (("--device", "tpu"), "--device"),
+    ],
+)
+def test_bench_refuses_in_one_sentence(cli, arguments: tuple[str, ...], reason: str, tmp_path: Path) -> None:
+    code, out, errors = cli("bench", "--device", "cpu", *arguments)
+    assert (code, out, errors.count("\n")) == (2, "", 1)
+    assert reason in errors
+    assert not list(tmp_path.iterdir())
+
+
+def test_bench_and_tune_say_what_they_need(cli) -> None:
+    for command in ("bench", "tune"):
+        code, out, _ = cli(command, "--help")
+        assert code == 0
+        assert f"Example: sparse-engine {command}" in out
+    if not torch.cuda.is_available():
+        code, out, errors = cli("tune", "--models", "opt-125m")
+        assert (code, out, errors.count("\n")) == (2, "", 1)
+        assert "needs a CUDA device, and torch sees none" in errors
+
+
+def test_lists_take_commas_or_repetition() -> None:
+    assert split_list(["a,b", " c "]) == ["a", "b", "c"]
+    assert split_list(None) == []
+    assert parse_rows(["1,16", "4"]) == [1, 16, 4]
+
+
+def test_what_tune_is_asked_for(tiny_opt: Path) -> None:
+    wanted = _wanted(None, ["opt-125m"], ["2:4"], None, [1])
+    assert {b.shape for b in wanted} == {(768, 768), (2304, 768), (3072, 768), (768, 3072)}
+    assert {(b.pattern, b.dtype, b.rows) for b in wanted} == {(TWO_FOUR, BF16, 1)}
+    assert {b.shape for b in _wanted(str(tiny_opt), [], ["2:4"], "fp16", [1])} == {(64, 64), (128, 64), (64, 128)}
+    for arguments, reason in (
+        ((None, ["opt-1b"], [], None, [1]), "unknown --models opt-1b"),
+        ((None, [], ["5:4"], None, [1]), "keeps N of M"),
+        ((None, [], [], "int8", [1]), "unknown --dtype"),
+        ((str(tiny_opt), ["opt-125m"], [], None, [1]), "not both"),
+        ((str(tiny_opt), [], [], None, [1]), "is dense; say what"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            _wanted(*arguments)
+
+
+def test_buckets_leave_out_what_a_pattern_cannot_carry() -> None:
+    found = buckets([(8, 12), (2, 4), (8, 12)], [TWO_FOUR, SparsityPattern.nm(4, 8), HALF], [BF16], [4, 1])
+    assert [(b.shape, str(b.pattern), b.rows) for b in found] == [
+        *(((2, 4), "2:4", m) for m in (1, 4)),
+        *(((2, 4), "0.5", m) for m in (1, 4)),
+        *(((8, 12), "2:4", m) for m in (1, 4)),
+        *(((8, 12), "0.5", m) for m in (1, 4)),
+    ]
+
+
+def test_only_what_lacks_a_kernel_is_pending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem("nm", TWO_FOUR, BF16, "cuda", 64, 64, 1, (9, 0), "Test GPU")
+    monkeypatch.setattr(Bucket, "problem", lambda self, device: problem.with_rows(self.rows))
+    monkeypatch.setattr(registry, "all_kernels", lambda: {name: registry._KERNELS[name] for name in ("dense", "reference", "cpu")})
+    assert registry.get("dense")
+    path = tmp_path / "table.json"
+    wanted = buckets([(64, 64)], [TWO_FOUR], [BF16], [1, 2, 4])
+    assert pending(wanted, CPU, path) == wanted
+    entries = [Entry("2:4", BF16, (64, 64), rows, {name: Measured(1.0)}) for rows, name in ((1, "dense"), (2, "cuda_nm"))]
+    tuning.record("Test GPU", entries, path=path)
+    assert [bucket.rows for bucket in pending(wanted, CPU, path)] == [2, 4]
+
+
+class FakeReplay:
+    def __init__(self, *times: float) -> None:
+        self.times, self.calls = list(times), 0
+
+    def us(self) -> float:
+        self.calls += 1
+        return self.times[min(self.calls, len(self.times)) - 1]
+
+
+def candidate(kernel: str, config: tuple[int, ...], us: float, *later: float) -> Candidate:
+    replay: Any = FakeReplay(*(later or (us,)))
+    return Candidate(registry.get(kernel), config, replay, us)
+
+
+def test_close_candidates_take_turns_and_each_kernel_keeps_its_fastest() -> None:
+    tried = [
+        candidate("cpu", (1,), 10.0, 12.0),
+        candidate("cpu", (2,), 11.0, 10.5),
+        candidate("cpu", (3,), 14.0, 1.0),
+        candidate("dense", (), 25.0, 24.0),
+        candidate("reference", (), 500.0, 1.0),
+    ]
+    settled = settle(tried)
+    assert settled == {"cpu": Measured(10.5, (2,)), "dense": Measured(24.0), "reference": Measured(500.0)}
+    calls = [c.replay.calls for c in tried]
+    assert calls[2] == calls[4] == 0, "too slow in its first replays to be worth more"
+    assert calls[0] == calls[1] == calls[3] > 5
+    assert settle([]) == {}
+
+
+def test_turns_give_medians_without_the_first_round() -> None:
+    replays: Any = {"a": FakeReplay(100.0, 1.0, 2.0, 3.0), "b": FakeReplay(5.0)}
+    assert take_turns(replays, 3) == {"a": 2.0, "b": 5.0}
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    whole = {"model": "opt-125m", "layer": "fc1", "n": 3072, "k": 768, "m": 1, "pattern": "2:4", "values": "bf16", "kernel": "cuda_nm"}
+    times = {"us": 1.0, "dense_us": 2.0, "best_dense_us": 1.5, "cusparselt_us": None, "gb_per_s": 1.0, "tflops": 1.0}
+    return whole | times | {"limit_share": None, "rel_error": 1e-3} | changes
+
+
+def test_every_field_of_the_schema_is_checked(tmp_path: Path) -> None:
+    assert wrong_field(row()) is None
+    for name in FIELDS:
+        assert wrong_field({key: value for key, value in row().items() if key != name}) == name
+    assert wrong_field(row(n=1.5)) == "n"
+    assert wrong_field(row(us="1")) == "us"
+    assert key_of(row()) != key_of(row(m=2))
+    path = tmp_path / "r.json"
+    for text, reason in (
+        ("{", "no JSON"),
+        ("{}", "no results"),
+        (json.dumps({"environment": {}, "rows": [row(m=None)]}), "row 0 has no valid m"),
+    ):
+        path.write_text(text)
+        with pytest.raises(InputError, match=reason):
+            run.read_results(path)
+
+
+def test_tables_are_geometric_means_per_class_and_model() -> None:
+    rows = [row(n=n, k=k, us=us, limit_share=0.5, cusparselt_us=4.0 * us) for (n, k), us in {(3072, 768): 1.0, (768, 768): 0.25}.items()]
+    rows += [row(model="opt-66b", n=36864, k=9216, m=m, us=us) for m, us in ((1, 4.0), (2, 1.0), (16, 4.0))]
+    rows += [row(model="opt-66b", n=36864, k=9216, m=1, pattern="4:8", us=2.0)]
+    lines = report.by_class(rows).splitlines()
+    assert lines[0] == "| geometric means | 2:4 bf16 | 4:8 bf16 | 2:4 over searched cuSPARSELt |"
+    assert lines[2:] == [
+        "| M = 1, dense weight of 128 MB and more | 0.50× (0.38×) | 1.00× (0.75×) | – |",
+        "| M = 1, OPT-125m | 4.00× (3.00×), 50% | – | 4.00× |",
+        "| M = 2 … 16, 128 MB and more | 1.00× (0.75×) | – | – |",
+    ]
+    assert "| opt-66b | 0.50× (0.38×) | 0.50× (0.38×) | – | 1.00× (0.75×) | – | – |" in report.by_model(rows)
+    few = {"environment": {}, "rows": rows}
+    assert report.linear_tables(few) == report.by_shape(rows)
+    many = {"environment": {}, "rows": [row(n=n) for n in range(16, 32)]}
+    assert report.linear_tables(many).count("geometric means") == 1
+    assert "linears of" in report.linear_tables(many)
+
+
+def test_plot_is_the_same_file_for_the_same_figures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
+    content = {"environment": {"gpu": "Test GPU"}, "rows": [row(), row(m=16), row(pattern="4:8")]}
+    for name in ("one.svg", "two.svg"):
+        report.plot(content, tmp_path / name)
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+
+
+def test_parameters_match_the_source_of_the_read_floor() -> None:
+    body = re.search(r"struct Params \{(.*?)\};", (cuda.source_folder() / "read_floor.cu").read_text(), re.S)
+    assert body is not None
+    declared = re.findall(r"(\w+);", re.sub(r"//.*", "", body[1]))
+    assert declared == [name for name, _ in read_floor._Params._fields_]
+    assert ctypes.sizeof(read_floor._Params) == 24
+
+
+@pytest.mark.gpu
+def test_tune_end_to_end_on_a_small_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSE_ENGINE_CACHE", str(tmp_path))
+    device, path = torch.device("cuda:0"), tuning.user_path(torch.cuda.get_device_name(0))
+    wanted = buckets([(256, 512)], [TWO_FOUR, HALF], [BF16], [1, 16])
+    outcome = tune(wanted, device, path, seconds=0.2)
+    assert outcome.measured == len(wanted)
+    assert outcome.wrong == []
+    assert pending(wanted, device, path) == []
+    for bucket in wanted:
+        problem = bucket.problem(device)
+        measured = problem.measured()
+        able = {name for name, kernel in registry.all_kernels().items() if kernel.rejects(problem) is None} - {"reference"}
+        assert measured.keys() == able
+        assert all(m.source == tuning.USER and 0 < m.us < 1e4 for m in measured.values())
+        best = min(measured, key=lambda name: measured[name].us)
+        assert registry.explain(problem)[0].cost is not None
+        assert best == "dense" or registry.explain(problem)[0].kernel == best
+
+
+@pytest.mark.gpu
+def test_bench_of_one_shape_on_a_gpu(tmp_path: Path) -> None:
+    suite = Suite(shapes=((256, 512),), rows=(1, 16), dtypes=("bf16",))
+    content = run.run(suite, torch.device("cuda"), tmp_path / "linear-decode.json")
+    assert len(content["rows"]) == len(suite) == 6
+    for measured in content["rows"]:
+        assert wrong_field(measured) is None
+        assert measured["kernel"] != "reference"
+        assert measured["rel_error"] < 1e-2
+        assert 0 < measured["limit_us"] < 1e3
+        assert measured["best_dense_us"] <= measured["dense_us"]
+    assert run.read_results(tmp_path / "linear-decode.json") == content
+
+
+def test_a_device_that_cannot_be_measured_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "available", lambda: "is missing")
+    with pytest.raises(KernelUnavailableError, match="latency suite on cpu is missing"):
+        run.run(replace(Suite(), shapes=((16, 64),)), CPU, tmp_path / "x.json")
