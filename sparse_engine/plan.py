@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from sparse_engine import registry
+from sparse_engine.formats.base import PackedWeight
 from sparse_engine.policy import UNLIMITED, Policy
 from sparse_engine.registry import ESTIMATE, Kernel, Problem, Verdict
 
-__all__ = ["SLACK", "Step", "fewest_layouts", "kernels_for"]
+__all__ = ["SLACK", "Step", "fewest_layouts", "held_nbytes", "kernels_for"]
 
 SLACK = 1.02
 """A kernel within this factor of the fastest is as good as the fastest."""
@@ -81,3 +82,12 @@ def fewest_layouts(options: Sequence[Mapping[str, float]], in_place: Set[str]) -
     if best is None:
         raise ValueError("every bucket needs at least one kernel")
     return best[2]
+
+
+def held_nbytes(problem: Problem, steps: Sequence[Step], packed: PackedWeight) -> int | None:
+    """Bytes that a layer holds of ``packed`` for its kernels, padding and dense copies included; None where a kernel cannot tell."""
+    sizes = {step.kernel.name: step.kernel.layout_nbytes(problem, packed) for step in steps if not step.kernel.in_place}
+    if any(step.kernel.in_place for step in steps):
+        sizes[""] = packed.nbytes
+    known = [size for size in sizes.values() if size is not None]
+    return sum(known) if len(known) == len(sizes) else None

@@ -16,7 +16,7 @@ from conftest import TEXT
 from safetensors.torch import load_file
 from transformers import OPTForCausalLM
 
-from sparse_engine import SparseLinear
+from sparse_engine import SparseLinear, registry
 from sparse_engine.cli import main
 
 ENTRY = [sys.executable, "-c", "from sparse_engine.cli import main; main()"]
@@ -191,7 +191,12 @@ def test_inspect_json_holds_measured_sizes(cli, packed: Path) -> None:
     fc1 = next(row for row in report["layers"] if row["layer"].endswith("layers.0.fc1"))
     assert fc1["stored_nbytes"] == 128 * 32 * 4 + 128 * 8
     assert fc1["dense_nbytes"] == 128 * 64 * 4
-    assert set(fc1["backends"]) == {"1", "512"}
+    assert list(fc1["buckets"]) == [str(rows) for rows in registry.ROW_BUCKETS]
+    assert all(choice["us"] is None and choice["source"] == "estimate" for choice in fc1["buckets"].values()), (
+        "nothing is measured on a CPU"
+    )
+    assert fc1["held_nbytes"] == fc1["stored_nbytes"]
+    assert report["tuning_tables"] == []
     assert report["file_nbytes"] == (packed / "model.safetensors").stat().st_size
 
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from sparse_engine import SparseLinear, formats, registry, tuning
+from sparse_engine.cli.inspect import _compact, _why_line
 from sparse_engine.errors import InputError, KernelUnavailableError
 from sparse_engine.formats.base import PackedWeight
 from sparse_engine.mask import Mask
 from sparse_engine.pattern import SparsityPattern
-from sparse_engine.plan import fewest_layouts, kernels_for
+from sparse_engine.plan import fewest_layouts, held_nbytes, kernels_for
 from sparse_engine.policy import UNLIMITED, Policy
 from sparse_engine.registry import ROW_BUCKETS, Problem
 from sparse_engine.tuning import Entry, Measured
@@ -253,3 +254,31 @@ def test_a_layer_holds_what_its_kernels_read_and_gives_its_weight_back(
         assert y.shape == (rows, SHAPE[0])
         if kernel.name != "dense":
             assert float(y[0, 0]) == ord(kernel.name[0])
+
+
+def test_inspect_says_which_kernel_runs_and_where_its_time_is_from() -> None:
+    def choice(kernel: str, us: float | None, source: str) -> dict[str, object]:
+        return {"kernel": kernel, "us": us, "source": source}
+
+    measured = {"1": choice("a", 1.394, tuning.SHIPPED), "16": choice("a", 7.0, tuning.SHIPPED), "32": choice("dense", 9.0, tuning.USER)}
+    rest = {"4096": choice("b", None, registry.ESTIMATE)}
+    assert _compact(measured | rest) == (
+        "a to M = 16 (1.39 … 7.00 µs, shipped table), dense to M = 32 (9.00 µs, user's table), b beyond (estimate)"
+    )
+    assert _compact({"1": choice("a", None, registry.ESTIMATE), "4096": choice("a", None, registry.ESTIMATE)}) == "a (estimate)"
+    verdict = {"kernel": "a", "chosen": True, "cost_us": 1.394, "reason": None, "source": tuning.USER, "config": ["x.cu", 1]}
+    assert _why_line(verdict) == "a: chosen, 1.39 µs (user's table, x.cu 1)"
+    assert _why_line(verdict | {"chosen": False, "reason": "is slow"}) == "a: rejected: is slow; 1.39 µs (user's table, x.cu 1)"
+    assert _why_line(verdict | {"source": registry.ESTIMATE, "config": []}) == "a: chosen, estimated 1.39 µs"
+
+
+@pytest.mark.usefixtures("table")
+def test_held_bytes_count_every_layout_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, packed = _layer(monkeypatch, {1: "sparse", 2: "dense", 4: "sparse"})
+    steps = kernels_for(Problem.of(packed, 1))
+    assert held_nbytes(Problem.of(packed, 1), steps, packed) == packed.nbytes + packed.dense_nbytes + packed.tensors["bitmask"].numel()
+    # The layer shares the bitmask between the two.
+    layer.plan()
+    assert layer.nbytes == packed.nbytes + packed.dense_nbytes
+    monkeypatch.setattr(Problem, "measured", lambda self: {"packed": Measured(1.0)})
+    assert held_nbytes(Problem.of(packed, 1), kernels_for(Problem.of(packed, 1)), packed) is None

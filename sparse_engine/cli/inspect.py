@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
@@ -17,9 +18,11 @@ from sparse_engine.progress import console_track
 
 if TYPE_CHECKING:
     from sparse_engine.checkpoint import Checkpoint
-    from sparse_engine.registry import Problem
+    from sparse_engine.plan import Step
+    from sparse_engine.registry import Problem, Verdict
 
-_ROWS = (1, 512)
+_ROWS = (1, 16, 128, 512)
+"""Activation rows at which `--why` explains the choice."""
 
 
 def _problem(checkpoint: Checkpoint, linear: str, device: torch.device) -> Problem:
@@ -32,7 +35,7 @@ def _problem(checkpoint: Checkpoint, linear: str, device: torch.device) -> Probl
 
 
 def _layers(checkpoint: Checkpoint, device: torch.device) -> Iterator[dict[str, Any]]:
-    from sparse_engine import registry
+    from sparse_engine import plan
 
     stored: dict[str, int] = {}
     for name in checkpoint.names():
@@ -43,14 +46,19 @@ def _layers(checkpoint: Checkpoint, device: torch.device) -> Iterator[dict[str, 
     for linear in checkpoint.family.linears(checkpoint.config):
         rows, columns = checkpoint.linear_shape(linear)
         layer = checkpoint.packed_layers.get(linear)
+        held: int | None = None
+        buckets: dict[str, Any] = {}
         if layer is None:
             weight = checkpoint.weight(linear)
             density = int(weight.count_nonzero()) / weight.numel()
-            dtype, backends = weight.dtype, {}
+            dtype = weight.dtype
         else:
-            problem = _problem(checkpoint, linear, device)
+            problem, steps = _plan(checkpoint, linear, device)
             dtype, density = layer.dtype, layer.density
-            backends = {str(count): registry.select(problem.with_rows(count)).name for count in _ROWS}
+            buckets = {str(step.rows): _choice(step) for step in steps}
+            held = stored[linear]
+            if not all(step.kernel.in_place for step in steps):
+                held = plan.held_nbytes(problem, steps, checkpoint.packed(linear))
         yield {
             "layer": linear,
             "shape": [rows, columns],
@@ -59,8 +67,37 @@ def _layers(checkpoint: Checkpoint, device: torch.device) -> Iterator[dict[str, 
             "density": density,
             "stored_nbytes": stored[linear],
             "dense_nbytes": rows * columns * dtype.itemsize,
-            "backends": backends,
+            "held_nbytes": held,
+            "buckets": buckets,
         }
+
+
+def _plan(checkpoint: Checkpoint, linear: str, device: torch.device) -> tuple[Problem, list[Step]]:
+    from sparse_engine.plan import kernels_for
+    from sparse_engine.policy import Policy
+
+    problem = _problem(checkpoint, linear, device)
+    return problem, kernels_for(problem, None, Policy.here(device))
+
+
+def _choice(step: Step) -> dict[str, Any]:
+    from sparse_engine.registry import ESTIMATE
+
+    source = step.verdict.source
+    return {"kernel": step.kernel.name, "us": step.verdict.cost if source != ESTIMATE else None, "source": source}
+
+
+def _compact(buckets: dict[str, dict[str, Any]]) -> str:
+    """Which kernel runs how many rows, and its measured times: "cuda_nm to M = 128 (1.39 … 7.36 µs, shipped table)"."""
+    parts = []
+    runs = [list(group) for _, group in groupby(buckets.items(), key=lambda item: (item[1]["kernel"], item[1]["source"]))]
+    for run in runs:
+        times = [choice["us"] for _, choice in run if choice["us"] is not None]
+        span = dict.fromkeys(f"{us:.2f}" for us in ((times[0], times[-1]) if times else ()))
+        kernel, source = run[0][1]["kernel"], run[0][1]["source"]
+        where = "" if len(runs) == 1 else f" to M = {run[-1][0]}" if run is not runs[-1] else " beyond"
+        parts.append(f"{kernel}{where} ({' … '.join(span)} µs, {source})" if times else f"{kernel}{where} ({source})")
+    return ", ".join(parts)
 
 
 def _print_table(layers: list[dict[str, Any]]) -> None:
@@ -69,14 +106,13 @@ def _print_table(layers: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     # Off a terminal the width is a guess, and a table cut to it would lose the figures.
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console = Console() if sys.stdout.isatty() else Console(width=240)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("layer", "shape", "type", "pattern"):
         table.add_column(heading, no_wrap=heading != "shape")
-    for heading in ("density", "stored", "dense", "share"):
+    for heading in ("density", "stored", "dense", "share", "held"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for count in _ROWS:
-        table.add_column(f"M = {count}")
+    table.add_column("kernels (M: activation rows)")
     for row in layers:
         table.add_row(
             row["layer"].removeprefix("model.decoder.layers."),
@@ -87,25 +123,58 @@ def _print_table(layers: list[dict[str, Any]]) -> None:
             size_text(row["stored_nbytes"]),
             size_text(row["dense_nbytes"]),
             f"{row['stored_nbytes'] / row['dense_nbytes']:.1%}",
-            *(row["backends"].get(str(count), "torch") for count in _ROWS),
+            "–" if row["held_nbytes"] is None else f"{row['held_nbytes'] / row['stored_nbytes'] - 1:+.1%}",
+            _compact(row["buckets"]) or "torch",
         )
     console.print(table)
 
 
 def _why(checkpoint: Checkpoint, linear: str, device: torch.device) -> dict[str, list[dict[str, Any]]]:
     from sparse_engine import registry
+    from sparse_engine.policy import Policy
 
     matches = [name for name in checkpoint.packed_layers if name == linear or name.endswith(f".{linear}")]
     if len(matches) != 1:
         example = next(iter(checkpoint.packed_layers), None)
         hint = f"name one packed layer, such as {example}" if example else "the checkpoint has no packed layers"
         raise InputError(f"--why {linear} matches {len(matches)} packed layers: {hint}")
-    problem = _problem(checkpoint, matches[0], device)
+    problem, steps = _plan(checkpoint, matches[0], device)
     found = {}
     for count in _ROWS:
-        verdicts = registry.explain(problem.with_rows(count))
-        found[str(count)] = [{"kernel": v.kernel, "chosen": v.chosen, "cost_us": v.cost, "reason": v.reason} for v in verdicts]
+        # A kernel that is nearly as fast and serves other numbers of rows too goes before the fastest.
+        kernel = next(step.kernel.name for step in steps if count <= step.rows)
+        verdicts = registry.explain(problem.with_rows(count), Policy.here(device))
+        found[str(count)] = [_verdict(v, chosen=v.kernel == kernel) for v in verdicts]
     return found
+
+
+def _verdict(v: Verdict, *, chosen: bool) -> dict[str, Any]:
+    return {"kernel": v.kernel, "chosen": chosen, "cost_us": v.cost, "reason": v.reason, "source": v.source, "config": list(v.config)}
+
+
+def _why_line(v: dict[str, Any]) -> str:
+    from sparse_engine.registry import ESTIMATE
+
+    time = None if v["cost_us"] is None else f"{v['cost_us']:.2f} µs"
+    if time is not None and v["source"] != ESTIMATE:
+        time = f"{time} ({v['source']}{'' if not v['config'] else ', ' + ' '.join(map(str, v['config']))})"
+    elif time is not None:
+        time = f"estimated {time}"
+    if v["reason"] is None:
+        return f"{v['kernel']}: {'chosen' if v['chosen'] else 'able'}, {time}"
+    measured = f"; {time}" if time is not None and v["source"] != ESTIMATE else ""
+    return f"{v['kernel']}: rejected: {v['reason']}{measured}"
+
+
+def _tables(device: torch.device) -> list[str]:
+    """The tuning tables that times are from."""
+    from sparse_engine import tuning
+
+    if device.type != "cuda":
+        return []
+    gpu = torch.cuda.get_device_name(device)
+    named = ((tuning.SHIPPED, tuning.shipped_path(gpu)), (tuning.USER, tuning.user_path(gpu)))
+    return [f"{name}: {path if path.is_file() else 'none'}" for name, path in named]
 
 
 @app.command(epilog="Example: sparse-engine inspect opt-125m-2of4 --verify --why layers.0.fc1")
@@ -120,7 +189,10 @@ def inspect(
     if torch.cuda.is_available()
     else "cpu",
 ) -> None:
-    """Show each layer's pattern, density and size, and the kernel that would run it at M = 1 and M = 512 activation rows."""
+    """Show each layer's pattern, density and size, the kernels that would run it, and what their layouts add to its bytes (held).
+
+    Kernels are chosen by times measured on this GPU (`sparse-engine tune`, or a table that is shipped), else by an estimate.
+    """
     place = parse_device(device)
 
     from sparse_engine.checkpoint import Checkpoint, resolve
@@ -141,6 +213,7 @@ def inspect(
             "stored_nbytes": stored,
             "dense_nbytes": dense,
             "verified": verify,
+            "tuning_tables": _tables(place),
             "manifest": provenance,
             "layers": layers,
             "why": reasons,
@@ -155,7 +228,8 @@ def inspect(
     for count, verdicts in reasons.items():
         typer.echo(f"kernels for {why} at M = {count}:")
         for v in verdicts:
-            state = f"rejected: {v['reason']}" if v["reason"] else f"{'chosen' if v['chosen'] else 'able'}, estimated {v['cost_us']:.1f} µs"
-            typer.echo(f"  {v['kernel']}: {state}")
+            typer.echo(f"  {_why_line(v)}")
+    for line in _tables(place):
+        typer.echo(line)
     if verify:
         typer.echo(f"verified: {len(manifest['layers'])} linears unpack to the bytes that were written")
