@@ -5,7 +5,10 @@ from __future__ import annotations
 import ctypes
 import json
 import re
+import statistics
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,8 @@ import pytest
 import torch
 
 from sparse_engine import cuda, native, registry, tuning
-from sparse_engine.bench import read_floor, report, run
+from sparse_engine.bench import linear_gpu, read_floor, report, run
+from sparse_engine.bench import tune as bench_tune
 from sparse_engine.bench.suite import FIELDS, Suite, key_of, wrong_field
 from sparse_engine.bench.timing import take_turns
 from sparse_engine.bench.tune import Bucket, Candidate, buckets, pending, settle, tune
@@ -260,6 +264,112 @@ def test_parameters_match_the_source_of_the_read_floor() -> None:
     declared = re.findall(r"(\w+);", re.sub(r"//.*", "", body[1]))
     assert declared == [name for name, _ in read_floor._Params._fields_]
     assert ctypes.sizeof(read_floor._Params) == 24
+
+
+class CalledReplay:
+    """In the place of a captured graph: the products are called, and the wall clock is read."""
+
+    def __init__(self, products: Any, pool: object = None) -> None:
+        self.products = tuple(products)
+
+    def us(self) -> float:
+        begun = time.perf_counter()
+        for product in self.products:
+            product()
+        return (time.perf_counter() - begun) * 1e6 / len(self.products)
+
+    def median_us(self, replays: int) -> float:
+        return statistics.median(self.us() for _ in range(replays))
+
+
+@pytest.fixture
+def gpu_in_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the GPU paths do between their launches, on the CPU: its kernels pass for a GPU's, and graphs are calls."""
+    monkeypatch.setenv("SPARSE_ENGINE_CACHE", str(tmp_path / "cache"))
+    of = Problem.of
+    monkeypatch.setattr(Problem, "of", lambda packed, rows, device=None: replace(of(packed, rows, device), gpu="Test GPU"))
+    for module in (bench_tune, linear_gpu):
+        monkeypatch.setattr(module, "Replay", CalledReplay)
+        monkeypatch.setattr(module, "copies_of", lambda layout, device: [dict(layout), {n: t.clone() for n, t in layout.items()}])
+    monkeypatch.setattr(linear_gpu, "read_products", lambda data, blocks: [d.sum for d in data])
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Test GPU")
+
+
+@needs_native
+@pytest.mark.usefixtures("gpu_in_name")
+def test_tuning_records_every_able_kernel_and_leaves_out_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(registry.Kernel):
+        name = "broken"
+        formats = frozenset({"nm"})
+        devices = frozenset({"cpu"})
+        dtypes = frozenset({BF16})
+
+        def cost(self, problem: Problem) -> float:
+            return 1e9
+
+        def configs(self, problem: Problem) -> list[tuple[str]]:
+            return [("wrong",), ("refused",), ("right",)]
+
+        def run(self, x: torch.Tensor, layout: Any, bias: torch.Tensor | None, pattern: SparsityPattern) -> torch.Tensor:
+            return registry.get("cpu").run(x, layout, bias, pattern)
+
+        def run_config(self, x: Any, layout: Any, bias: Any, pattern: Any, config: Any) -> torch.Tensor:
+            if config == ("refused",):
+                raise RuntimeError("no such algorithm")
+            return self.run(x, layout, bias, pattern) * (2 if config == ("wrong",) else 1)
+
+    kernels = {name: registry.get(name) for name in ("cpu", "dense", "reference")} | {"broken": Broken()}
+    monkeypatch.setattr(registry, "all_kernels", lambda: kernels)
+    path, told = tmp_path / "table.json", []
+    wanted = buckets([(32, 64), (64, 64)], [TWO_FOUR, HALF], [BF16], [1, 3])
+    outcome = tune(wanted, CPU, path, seconds=5, report=lambda bucket, measured: told.append((bucket, set(measured))))
+    assert [bucket for bucket, _ in told] == wanted
+    assert {frozenset(names) for bucket, names in told if bucket.pattern == TWO_FOUR} == {frozenset({"cpu", "dense", "broken"})}
+    assert {frozenset(names) for bucket, names in told if bucket.pattern == HALF} == {frozenset({"cpu", "dense"})}
+    assert outcome.measured == 8
+    assert len(outcome.wrong) == 4
+    assert "2:4 bfloat16 32x64 M = 1: broken ['wrong'] has a relative error of 1.0e+00" in outcome.wrong
+    entries = json.loads(path.read_text())["entries"]
+    assert entries["2:4"]["bf16"]["32x64"]["3"]["broken"][1:] == ["right"]
+    assert pending(wanted, CPU, path) == []
+
+
+@needs_native
+@pytest.mark.usefixtures("gpu_in_name")
+def test_a_stopped_tuning_run_keeps_what_it_measured(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    wanted = buckets([(32, 64)], [TWO_FOUR], [BF16], [1, 2, 4])
+
+    def stop(bucket: Bucket, measured: object) -> None:
+        if bucket.rows == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(wanted, CPU, path, seconds=0.01, report=stop)
+    assert [bucket.rows for bucket in pending(wanted, CPU, path)] == [4]
+
+
+@needs_native
+@pytest.mark.usefixtures("gpu_in_name")
+def test_the_gpu_suite_measures_what_dispatch_picks(monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = Suite(shapes=((32, 64),), rows=(1, 3), patterns=("2:4", "unstructured"), dtypes=("bf16",))
+    rows = list(linear_gpu.measure(suite, CPU))
+    assert [(r["pattern"], r["m"], r["kernel"]) for r in rows] == [(p, m, "cpu") for p in suite.patterns for m in suite.rows]
+    for measured in rows:
+        assert wrong_field(measured) is None
+        assert measured["rel_error"] < 1e-2
+        assert measured["best_dense"] in ("linear", "addmm", "addmv")
+        assert measured["cusparselt_us"] is None
+    assert [r["m"] for r in linear_gpu.measure(suite, CPU, {key_of(r) for r in rows if r["m"] == 1})] == [3, 3]
+    times = {"cpu": Measured(2.0), "dense": Measured(1.0)}
+    monkeypatch.setattr(Problem, "measured", lambda self: times)
+    assert {r["kernel"] for r in linear_gpu.measure(suite, CPU)} == {"dense"}
+    notes: list[str] = []
+    assert list(linear_gpu.measure(replace(suite, backend="cuda_nm"), CPU, note=notes.append)) == []
+    assert len(notes) == 4
 
 
 @pytest.mark.gpu

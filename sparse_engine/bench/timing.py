@@ -51,6 +51,8 @@ class Replay:
     """
 
     def __init__(self, products: Sequence[Product], pool: Any = None) -> None:
+        # The graph has the addresses of what the products read, and keeps none of it alive.
+        self._products = tuple(products)
         self._graph = torch.cuda.CUDAGraph()
         self.count = len(products) * -(-_LEAST_PRODUCTS // len(products))
         torch.cuda.synchronize()
