@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from sparse_engine import registry
 from sparse_engine.formats.base import PackedWeight
 from sparse_engine.policy import UNLIMITED, Policy
-from sparse_engine.registry import ESTIMATE, Kernel, Problem, Verdict
+from sparse_engine.registry import DENSE_GAIN, ESTIMATE, Kernel, Problem, Verdict
 
 __all__ = ["SLACK", "Step", "fewest_layouts", "held_nbytes", "kernels_for"]
 
@@ -53,13 +53,16 @@ def _time(verdict: Verdict) -> float:
 
 
 def _as_good(verdicts: Sequence[Verdict]) -> dict[str, Verdict]:
-    """The able kernels that may stand in for the chosen one, which is first; an estimate is no rival for a measured time."""
+    """The able kernels that may stand in for the chosen one, which is first; an estimate is no rival for a measured time.
+
+    None of them is slower than the dense product by more than the chosen one may be.
+    """
     best = verdicts[0]
-    return {
-        v.kernel: v
-        for v in verdicts
-        if v.reason is None and (v.source == ESTIMATE) == (best.source == ESTIMATE) and _time(v) <= SLACK * _time(best)
-    }
+    limit = SLACK * _time(best)
+    dense = [_time(v) for v in verdicts if registry.get(v.kernel).keeps_dense and v.source not in (None, ESTIMATE)]
+    if dense:
+        limit = min(limit, max(_time(best), DENSE_GAIN * min(dense)))
+    return {v.kernel: v for v in verdicts if v.reason is None and (v.source == ESTIMATE) == (best.source == ESTIMATE) and _time(v) <= limit}
 
 
 def fewest_layouts(options: Sequence[Mapping[str, float]], in_place: Set[str]) -> list[str]:

@@ -25,6 +25,7 @@ from sparse_engine.bench.tune import Bucket, Candidate, buckets, pending, settle
 from sparse_engine.cli import main
 from sparse_engine.cli.common import parse_rows, split_list
 from sparse_engine.cli.tune import _wanted
+from sparse_engine.convert import convert
 from sparse_engine.errors import InputError, KernelUnavailableError
 from sparse_engine.pattern import SparsityPattern
 from sparse_engine.registry import Problem
@@ -147,6 +148,16 @@ def test_what_tune_is_asked_for(tiny_opt: Path) -> None:
     ):
         with pytest.raises(InputError, match=reason):
             _wanted(*arguments)
+
+
+def test_tune_takes_a_packed_checkpoints_own_layers(tiny_opt: Path, tmp_path: Path) -> None:
+    for pattern in (TWO_FOUR, HALF):
+        convert(tiny_opt, tmp_path / str(pattern), pattern=pattern)
+        wanted = _wanted(str(tmp_path / str(pattern)), [], [], None, [1, 8])
+        assert [(b.shape, b.rows) for b in wanted] == [(s, m) for s in ((64, 64), (64, 128), (128, 64)) for m in (1, 8)]
+        assert {(tuning.pattern_key(b.pattern), b.dtype) for b in wanted} == {(tuning.pattern_key(pattern), torch.float32)}
+        with pytest.raises(InputError, match="has its own patterns"):
+            _wanted(str(tmp_path / str(pattern)), [], ["2:4"], None, [1])
 
 
 def test_buckets_leave_out_what_a_pattern_cannot_carry() -> None:

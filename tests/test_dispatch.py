@@ -203,6 +203,17 @@ def test_a_kernel_that_is_nearly_as_fast_saves_a_layout() -> None:
 
 
 @pytest.mark.usefixtures("table")
+def test_a_saved_layout_costs_nothing_against_dense() -> None:
+    for rows in ROW_BUCKETS:
+        measure(rows, packed=10.0, other=30.0, dense=20.0)
+    # Each is within 2 % of the one before, but packed is not within 2 % of dense.
+    measure(16, dense=10.0, other=10.15, packed=10.3)
+    assert [step.kernel.name for step in kernels_for(PROBLEM) if step.rows == 16] == ["other"]
+    measure(16, dense=10.2)
+    assert {step.kernel.name for step in kernels_for(PROBLEM)} == {"packed"}
+
+
+@pytest.mark.usefixtures("table")
 def test_an_estimate_stands_in_for_no_measured_time() -> None:
     measure(1, packed=10.1)
     steps = kernels_for(PROBLEM)
