@@ -260,7 +260,7 @@ def explain(problem: Problem, policy: Policy = UNLIMITED) -> list[Verdict]:
 
 def _no_gain(dense: Verdict, packed: Verdict | None) -> str | None:
     if dense.source == ESTIMATE:
-        return "keeps a dense copy, and was not measured for this product (sparse-engine tune)"
+        return "keeps a dense copy, and was not measured for this product"
     assert dense.cost is not None
     if packed is not None and packed.cost is not None and packed.cost <= DENSE_GAIN * dense.cost:
         return f"keeps a dense copy, and is not more than {DENSE_GAIN - 1:.0%} faster than {packed.kernel}"
