@@ -1,27 +1,28 @@
-"""The portable GPU product: a Triton kernel (kernels/bitmask.py) over the packed tensors as they are, for up to 16 activation rows.
+"""The portable GPU product: Triton kernels (kernels/bitmask.py) over the packed tensors as they are, for any number of activation rows.
 
-It runs what the CUDA kernels do not: fp32, every N:M, and GPUs without CUDA's run-time compiler.
+They run what the CUDA kernels do not: fp32, every N:M, and GPUs without CUDA's run-time compiler.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import ClassVar
+from types import ModuleType
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_engine.errors import InputError, KernelUnavailableError
-from sparse_engine.formats.base import VALUE_DTYPES
+from sparse_engine.formats.base import VALUE_DTYPES, PackedWeight
 from sparse_engine.ops import define_linear
 from sparse_engine.pattern import SparsityPattern
 from sparse_engine.registry import Kernel, Layout, Problem, register
 
 _MODULE = "sparse_engine.kernels.bitmask"
-_MAX_ROWS = 16
+_CHUNK_BYTES = 64
 
 
 @cache
@@ -39,20 +40,42 @@ def _why_unavailable() -> str | None:
 
 
 @cache
-def _launcher() -> Callable[..., Tensor]:
-    """``bitmask_linear`` of the kernel's module; importing Triton takes a while, so this waits for the first product."""
+def _kernels() -> ModuleType:
+    """The kernels' module; importing Triton takes a while, so this waits for the first product."""
     if reason := _why_unavailable():
         raise KernelUnavailableError(f"triton_bitmask {reason}")
-    launcher: Callable[..., Tensor] = importlib.import_module(_MODULE).bitmask_linear
-    return launcher
+    return importlib.import_module(_MODULE)
 
 
-def _check(x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor | None, bias: Tensor | None, n: int, m: int) -> None:
+def chunk_starts(bitmask: Tensor) -> Tensor:
+    """Values of a row before each 64th mask byte, int32 (rows, ceil(bytes / 64)), of a uint8 (rows, bytes) bitmask.
+
+    With it a program can begin inside an unstructured row; 4 bytes for every 64 mask bytes and their values, under 1 % at half density.
+    """
+    count = bitmask - ((bitmask >> 1) & 0x55)
+    count = (count & 0x33) + ((count >> 2) & 0x33)
+    count = (count + (count >> 4)) & 0x0F
+    padded = F.pad(count, (0, -count.shape[1] % _CHUNK_BYTES)).view(count.shape[0], -1, _CHUNK_BYTES)
+    sums = padded.sum(-1, dtype=torch.int32)
+    return sums.cumsum(1, dtype=torch.int32) - sums
+
+
+@cache
+def _tile(form: str, sizes: tuple[int, ...]) -> Any:
+    kernels = _kernels()
+    if reason := kernels.why_not((form, *sizes)):
+        raise InputError(f"triton_bitmask cannot run configuration {[form, *sizes]}: {reason}")
+    return kernels.Tile(form, *sizes)
+
+
+def _check(
+    x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor | None, starts: Tensor | None, bias: Tensor | None, n: int, m: int
+) -> None:
     rows, columns = bitmask.shape[0], x.shape[-1]
     if x.dtype != values.dtype or (bias is not None and bias.dtype != values.dtype):
         given = f"x is {x.dtype}" if bias is None else f"x is {x.dtype} and the bias {bias.dtype}"
         raise InputError(f"the packed weight is {values.dtype} but {given}: convert them to one type")
-    parts = {"values": values, "bitmask": bitmask, "row_offsets": row_offsets, "bias": bias}
+    parts = {"values": values, "bitmask": bitmask, "row_offsets": row_offsets, "chunk_starts": starts, "bias": bias}
     for name, tensor in parts.items():
         if tensor is not None and tensor.device != x.device:
             raise InputError(f"x is on {x.device} but {name} is on {tensor.device}: move them to one device")
@@ -61,27 +84,53 @@ def _check(x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor | Non
         raise InputError(f"x has {columns} columns, which does not fit a packed weight with a bitmask of {tuple(bitmask.shape)}")
     if bias is not None and bias.shape != (rows,):
         raise InputError(f"the bias has shape {tuple(bias.shape)}, expected ({rows},) for a packed weight of {rows} rows")
-    if (given_rows := x.shape[:-1].numel()) > _MAX_ROWS:
-        raise InputError(f"triton_bitmask takes at most {_MAX_ROWS} activation rows, got {given_rows}")
+    chunks = -(-bitmask.shape[1] // _CHUNK_BYTES)
+    if starts is not None and starts.shape != (rows, chunks):
+        raise InputError(
+            f"chunk_starts has shape {tuple(starts.shape)}, expected ({rows}, {chunks}) for a bitmask of {tuple(bitmask.shape)}"
+        )
 
 
-def _linear(x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor | None, bias: Tensor | None, n: int, m: int) -> Tensor:
-    _check(x, values, bitmask, row_offsets, bias, n, m)
+def _linear(
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    row_offsets: Tensor | None,
+    starts: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    m: int,
+    form: str,
+    sizes: list[int],
+) -> Tensor:
+    _check(x, values, bitmask, row_offsets, starts, bias, n, m)
     y = x.new_empty((*x.shape[:-1], bitmask.shape[0]))
     if y.numel() == 0:
         return y
     flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     if flat.stride(1) != 1:
         flat = flat.contiguous()
-    contiguous = [t if t is None else t.contiguous() for t in (values, bitmask, row_offsets, bias)]
-    launch = _launcher()
+    kernels = _kernels()
+    tile = _tile(form, tuple(sizes)) if form else kernels.default_tile(flat.shape[0], bitmask.shape[0], flat.shape[1], x.dtype)
+    contiguous = [t if t is None else t.contiguous() for t in (values, bitmask, row_offsets, starts, bias)]
     # Triton launches on the current device, whichever the tensors are on.
     with torch.cuda.device(x.device):
-        launch(flat, *contiguous, n, m, y.view(-1, y.shape[-1]))
+        kernels.bitmask_linear(flat, *contiguous, n, m, tile, y.view(-1, y.shape[-1]))
     return y
 
 
-_op = define_linear("triton_bitmask_linear", _linear, ("CUDA",))
+def _fake(x: Tensor, values: Tensor, bitmask: Tensor, *_: object) -> Tensor:
+    return x.new_empty((*x.shape[:-1], bitmask.shape[0]))
+
+
+_op = define_linear(
+    "triton_bitmask_linear",
+    _linear,
+    ("CUDA",),
+    arguments="Tensor x, Tensor values, Tensor bitmask, Tensor? row_offsets, Tensor? chunk_starts, Tensor? bias, "
+    "int n, int m, str form, int[] sizes",
+    fake=_fake,
+)
 
 
 class TritonBitmaskKernel(Kernel):
@@ -91,17 +140,34 @@ class TritonBitmaskKernel(Kernel):
     dtypes: ClassVar[frozenset[torch.dtype]] = frozenset(VALUE_DTYPES)
 
     def unsupported(self, problem: Problem) -> str | None:
-        if problem.rows > _MAX_ROWS:
-            return f"takes at most {_MAX_ROWS} activation rows, not {problem.rows}"
         return _why_unavailable()
 
     def cost(self, problem: Problem) -> float:
-        # Not measured on a GPU yet. Set so that every measured kernel goes first and only the reference, which unpacks the
-        # weight at each call, comes after: a slow launch, and the weights at a small part of any GPU's bandwidth.
-        return 100.0 + problem.packed_nbytes * 1e-5 * (1 + problem.rows / 4)
+        # Not measured on a GPU yet. Set so that every measured kernel goes first and only the reference, which unpacks the weight
+        # at each call, comes after: a slow launch, and a small part of any GPU's bandwidth and of its tensor cores.
+        flops = 2.0 * problem.rows * problem.out_features * problem.in_features
+        return 100.0 + problem.packed_nbytes * 1e-5 + flops * 5e-8
+
+    def prepare(self, packed: PackedWeight) -> Layout:
+        if packed.pattern.is_nm:
+            return packed.tensors
+        return {**packed.tensors, "chunk_starts": chunk_starts(packed.tensors["bitmask"])}
+
+    def recover(self, layout: Layout, packed: PackedWeight) -> PackedWeight:
+        return super().recover({name: tensor for name, tensor in layout.items() if name != "chunk_starts"}, packed)
+
+    def configs(self, problem: Problem) -> list[tuple[str | int, ...]]:
+        """Form and sizes as kernels/bitmask.py's ``Tile`` names them, the default first."""
+        tiles = _kernels().tiles(problem.rows, problem.out_features, problem.in_features, problem.dtype)
+        return [tuple(tile) for tile in tiles]
 
     def run(self, x: Tensor, layout: Layout, bias: Tensor | None, pattern: SparsityPattern) -> Tensor:
-        return _op(x, layout["values"], layout["bitmask"], layout.get("row_offsets"), bias, pattern.n or 0, pattern.m or 0)
+        return self.run_config(x, layout, bias, pattern, ())
+
+    def run_config(self, x: Tensor, layout: Layout, bias: Tensor | None, pattern: SparsityPattern, config: tuple[str | int, ...]) -> Tensor:
+        form, *sizes = config or ("",)
+        values, bitmask, n, m = layout["values"], layout["bitmask"], pattern.n or 0, pattern.m or 0
+        return _op(x, values, bitmask, layout.get("row_offsets"), layout.get("chunk_starts"), bias, n, m, form, sizes)
 
 
 register(TritonBitmaskKernel())
