@@ -11,7 +11,6 @@ in a fixed order. Launches have no limit on activation rows, R or C.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -53,13 +52,12 @@ class Tile(NamedTuple):
     warps: int
 
 
-def why_not(given: tuple[str | int, ...]) -> str | None:
-    """What makes ``given``, the fields of a :class:`Tile` from outside, none that can be launched; or None."""
+def why_not(form: str, sizes: tuple[int, ...]) -> str | None:
+    """What makes the fields of a :class:`Tile` from outside none that can be launched, or None."""
     names = Tile._fields
-    form, *sizes = given
-    if form not in ("gemv", "dot") or len(given) != len(names) or not all(type(size) is int and size > 0 for size in sizes):
+    if form not in ("gemv", "dot") or len(sizes) != len(names) - 1 or min(sizes) < 1:
         return f"it is not ({', '.join(names)}) with a form of gemv or dot and sizes above 0"
-    tile = Tile(*given)
+    tile = Tile(form, *sizes)
     if tile.parts > MAX_PARTS:
         return f"a row is split into at most {MAX_PARTS} parts, not {tile.parts}"
     for name in ("block_m", "block_rows", "block_bytes", "warps"):
@@ -110,7 +108,6 @@ def _split(tile: Tile, m: int, rows: int, row_bytes: int) -> Tile:
     return tile._replace(parts=max(1, min(_PROGRAMS // programs, -(-row_bytes // chunk), MAX_PARTS)))
 
 
-@cache
 def default_tile(m: int, rows: int, columns: int, dtype: torch.dtype) -> Tile:
     """The tile for m activation rows by a (rows, columns) weight where nothing was measured; the same on every GPU."""
     # Beyond these, expanding for tensor cores costs less than a multiply-add for every column and activation row.

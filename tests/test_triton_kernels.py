@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_engine import formats, registry
+from sparse_engine import formats, registry, tuning
 from sparse_engine.backends import triton_bitmask
 from sparse_engine.errors import InputError, KernelUnavailableError
 from sparse_engine.formats.base import PackedWeight, pack_bits
@@ -160,7 +160,8 @@ def test_half_types_match_fp64(pattern: str, m: int) -> None:
 @pytest.mark.parametrize("pattern", list(SPLIT))
 def test_every_tile_gives_the_same_bits_twice(pattern: str, m: int) -> None:
     assert BITMASK is not None
-    for dtype in (torch.bfloat16, torch.float32) if DEVICE == "cuda" or m < 17 else (torch.bfloat16,):
+    # The interpreter takes seconds for what a GPU does in microseconds.
+    for dtype in TOLERANCE if DEVICE == "cuda" else (torch.float32 if m == 3 else torch.bfloat16,):
         packed = make_packed(pattern, SPLIT[pattern], dtype)
         tiles = BITMASK.tiles(m, *packed.shape, dtype)
         assert {tile.parts > 1 for tile in tiles} == {True, False}
@@ -177,7 +178,7 @@ def test_tiles_may_be_cut_otherwise(tile: tuple[Any, ...]) -> None:
     # Several tiles of activation rows and of rows of W, and a step of more bytes than a chunk has or of fewer.
     assert BITMASK is not None
     for pattern in ("2:4", "0.5"):
-        assert_product(make_packed(pattern, (37, 524), torch.float32), 19, with_bias=True, tile=BITMASK.Tile(*tile))
+        assert_product(make_packed(pattern, (21, 524), torch.float32), 17, with_bias=True, tile=BITMASK.Tile(*tile))
 
 
 @needs_kernel
@@ -232,7 +233,7 @@ def test_tiles_can_be_launched_and_start_with_the_default(dtype: torch.dtype) ->
             tiles = BITMASK.tiles(m, *shape, dtype)
             assert tiles[0] == BITMASK.default_tile(m, *shape, dtype)
             assert len(set(tiles)) == len(tiles) <= 12
-            assert [BITMASK.why_not(tuple(tile)) for tile in tiles] == [None] * len(tiles)
+            assert [BITMASK.why_not(tile[0], tile[1:]) for tile in tiles] == [None] * len(tiles)
 
 
 @pytest.mark.parametrize("columns", [3, 512, 513, 1500])
@@ -423,6 +424,29 @@ def test_wrong_arguments_are_refused() -> None:
 def test_configurations_that_cannot_run_are_refused(config: tuple[Any, ...], message: str) -> None:
     with pytest.raises(InputError, match=message):
         triton_bitmask._tile(config[0], config[1:])
+
+
+@needs_kernel
+def test_measured_configuration_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert BITMASK is not None
+    monkeypatch.setenv("SPARSE_ENGINE_CACHE", str(tmp_path))
+    gpu, shape = "A GPU that is nowhere", (768, 768)
+    for rows, config in ((1, ("gemv", 1, 4, 32, 4, 2, 4)), (64, ()), (128, ("dot", 1.5))):
+        tuning.record(gpu, "2:4", torch.bfloat16, shape, rows, {"triton_bitmask": tuning.Measured(1.0, config)})
+    assert triton_bitmask._choose(gpu, "2:4", torch.bfloat16, shape, 1) == BITMASK.Tile("gemv", 1, 4, 32, 4, 2, 4)
+    for rows in (5, 64):
+        default = BITMASK.default_tile(rows, *shape, torch.bfloat16)
+        assert triton_bitmask._choose(gpu, "2:4", torch.bfloat16, shape, rows) == default
+    with pytest.raises(InputError, match=r"gives triton_bitmask \['dot', 1.5\], not a form and whole sizes"):
+        triton_bitmask._choose(gpu, "2:4", torch.bfloat16, shape, 128)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
+def test_layout_is_as_large_as_foretold(pattern: str) -> None:
+    packed = make_packed(pattern, (7, 1032), torch.float32, "cpu")
+    kernel = registry.get("triton_bitmask")
+    layout = kernel.prepare(packed)
+    assert kernel.layout_nbytes(Problem.of(packed, 1), packed) == sum(t.nbytes for t in layout.values())
 
 
 @pytest.mark.parametrize("shape", [(0, 16), (2, 0, 16)])

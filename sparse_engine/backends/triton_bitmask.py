@@ -6,7 +6,8 @@ They run what the CUDA kernels do not: fp32, every N:M, and GPUs without CUDA's 
 from __future__ import annotations
 
 import importlib
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, ClassVar
@@ -15,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_engine import tuning
 from sparse_engine.errors import InputError, KernelUnavailableError
 from sparse_engine.formats.base import VALUE_DTYPES, PackedWeight
 from sparse_engine.ops import define_linear
 from sparse_engine.pattern import SparsityPattern
-from sparse_engine.registry import Kernel, Layout, Problem, register
+from sparse_engine.registry import Config, Kernel, Layout, Problem, register
 
 _MODULE = "sparse_engine.kernels.bitmask"
 _CHUNK_BYTES = 64
@@ -63,9 +65,24 @@ def chunk_starts(bitmask: Tensor) -> Tensor:
 @cache
 def _tile(form: str, sizes: tuple[int, ...]) -> Any:
     kernels = _kernels()
-    if reason := kernels.why_not((form, *sizes)):
+    if reason := kernels.why_not(form, sizes):
         raise InputError(f"triton_bitmask cannot run configuration {[form, *sizes]}: {reason}")
     return kernels.Tile(form, *sizes)
+
+
+@lru_cache(maxsize=4096)
+def _choose(gpu: str, pattern: str, dtype: torch.dtype, shape: tuple[int, int], rows: int) -> Any:
+    """The tile for ``rows`` activation rows: the one measured on this GPU, as its tables were at the first such product, or the default."""
+    measured = tuning.lookup(gpu, pattern, dtype, shape, rows).get(TritonBitmaskKernel.name)
+    if measured is None or not measured.config:
+        return _kernels().default_tile(rows, *shape, dtype)
+    form, *sizes = measured.config
+    if not isinstance(form, str) or not all(type(size) is int for size in sizes):
+        raise InputError(f"the {measured.source} for {gpu} gives triton_bitmask {list(measured.config)}, not a form and whole sizes")
+    return _tile(form, tuple(sizes))
+
+
+_gpu_name = cache(torch.cuda.get_device_name)
 
 
 def _check(
@@ -110,12 +127,15 @@ def _linear(
     flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     if flat.stride(1) != 1:
         flat = flat.contiguous()
-    kernels = _kernels()
-    tile = _tile(form, tuple(sizes)) if form else kernels.default_tile(flat.shape[0], bitmask.shape[0], flat.shape[1], x.dtype)
+    if form:
+        tile = _tile(form, tuple(sizes))
+    else:
+        pattern = f"{n}:{m}" if row_offsets is None else "unstructured"
+        tile = _choose(_gpu_name(x.device), pattern, x.dtype, (bitmask.shape[0], flat.shape[1]), flat.shape[0])
     contiguous = [t if t is None else t.contiguous() for t in (values, bitmask, row_offsets, starts, bias)]
     # Triton launches on the current device, whichever the tensors are on.
     with torch.cuda.device(x.device):
-        kernels.bitmask_linear(flat, *contiguous, n, m, tile, y.view(-1, y.shape[-1]))
+        _kernels().bitmask_linear(flat, *contiguous, n, m, tile, y.view(-1, y.shape[-1]))
     return y
 
 
@@ -156,15 +176,19 @@ class TritonBitmaskKernel(Kernel):
     def recover(self, layout: Layout, packed: PackedWeight) -> PackedWeight:
         return super().recover({name: tensor for name, tensor in layout.items() if name != "chunk_starts"}, packed)
 
-    def configs(self, problem: Problem) -> list[tuple[str | int, ...]]:
+    def layout_nbytes(self, problem: Problem, packed: PackedWeight) -> int:
+        chunks = 0 if packed.pattern.is_nm else problem.out_features * -(-problem.in_features // (8 * _CHUNK_BYTES))
+        return packed.nbytes + 4 * chunks
+
+    def configs(self, problem: Problem) -> Sequence[Config]:
         """Form and sizes as kernels/bitmask.py's ``Tile`` names them, the default first."""
         tiles = _kernels().tiles(problem.rows, problem.out_features, problem.in_features, problem.dtype)
         return [tuple(tile) for tile in tiles]
 
     def run(self, x: Tensor, layout: Layout, bias: Tensor | None, pattern: SparsityPattern) -> Tensor:
-        return self.run_config(x, layout, bias, pattern, ())
+        return self.run_config(x, layout, bias, pattern, ("",))
 
-    def run_config(self, x: Tensor, layout: Layout, bias: Tensor | None, pattern: SparsityPattern, config: tuple[str | int, ...]) -> Tensor:
+    def run_config(self, x: Tensor, layout: Layout, bias: Tensor | None, pattern: SparsityPattern, config: Config) -> Tensor:
         form, *sizes = config or ("",)
         values, bitmask, n, m = layout["values"], layout["bitmask"], pattern.n or 0, pattern.m or 0
         return _op(x, values, bitmask, layout.get("row_offsets"), layout.get("chunk_starts"), bias, n, m, form, sizes)
