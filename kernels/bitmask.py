@@ -206,7 +206,8 @@ def bitmask_linear(
         columns // m * n if m else 0,
         length,
     )
-    sizes = {"KEEP": n, "GROUP": m, "BLOCK_M": tile.block_m, "BLOCK_ROWS": tile.block_rows, "BYTES": tile.block_bytes}
+    sizes = {"KEEP": n, "GROUP": m, "WHOLE_BYTES": columns % 8 == 0}
+    sizes |= {"BLOCK_M": tile.block_m, "BLOCK_ROWS": tile.block_rows, "BYTES": tile.block_bytes}
     grid = (triton.cdiv(rows, tile.block_rows) * triton.cdiv(samples, tile.block_m), parts)
     if tile.form == "gemv":
         abreast = 32 * tile.warps // tile.block_bytes

@@ -27,9 +27,9 @@ from sparse_engine.kernels.bitmask_expand import first_value, join_columns, tile
 __all__ = ["bitmask_dot"]
 
 
-# Nothing may be known of row_bytes: mask bytes are then loaded one by one, a lane its own, where a known alignment would have a
-# thread take several neighbours and pass them on through shared memory.
-@triton.jit(do_not_specialize=["row_bytes"])
+# Nothing may be known of row_bytes and row_values: a lane then loads the mask byte and the values that are its own, where a known
+# alignment would have it take several neighbours' and pass them on through shared memory.
+@triton.jit(do_not_specialize=["row_bytes", "row_values"])
 def bitmask_dot(
     x,  # (M, C) element type, columns adjacent, rows x_stride elements apart
     values,  # (nnz,) element type: the kept values of W, row by row in column order
@@ -47,6 +47,7 @@ def bitmask_dot(
     part_bytes,  # mask bytes of a part, a multiple of CHUNK_BYTES and of BYTES
     KEEP: tl.constexpr,  # N of N:M, 0 for unstructured
     GROUP: tl.constexpr,  # M of N:M, 0 for unstructured
+    WHOLE_BYTES: tl.constexpr,  # whether C is a multiple of 8
     TYPE: tl.constexpr,  # type of the operands of tl.dot: the element type, or fp32 where that would be exact and is needed
     BLOCK_M: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -60,6 +61,10 @@ def bitmask_dot(
     end = tl.minimum(begin + part_bytes, row_bytes)
     # 64 bits for whatever a row number is multiplied by: a large layer's values need more than 31.
     wide_rows, wide_samples = rows.to(tl.int64), samples.to(tl.int64)
+    if KEEP * 2 == GROUP and WHOLE_BYTES:
+        # The compiler then knows that a byte's four values are aligned to their size, and nothing beyond: a lane's widest load is
+        # its own byte's values.
+        row_values = row_bytes * 4
     start, before = first_value(row_offsets, chunk_starts, wide_rows, row_inside, begin, row_bytes, row_values, KEEP, GROUP)
     rows_of_values = values + start
     rows_of_mask = bitmask + wide_rows * row_bytes

@@ -47,27 +47,26 @@ def _four(tile):
 
 
 @triton.jit
-def eight_columns(rows_of_x, places, sample_inside, C, SAMPLES: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr):
-    """Activations at the columns of the mask bytes numbered ``places``: eight (SAMPLES, ROWS, BYTES) fp32, the same for all ROWS.
+def eight_columns(x, x_stride, first_sample, M, first, C, SAMPLES: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr):
+    """Activations at the columns of BYTES mask bytes from byte ``first`` on: eight (SAMPLES, ROWS, BYTES) fp32, the same for all ROWS.
 
     Loaded once for each of ROWS so that a thread reads the columns of its own bytes, in vectors of 16 bytes, and nothing passes
-    through shared memory.
+    through shared memory. Two axes at the load, for with more the compiler's order of threads differs between its versions.
     """
-    same = tl.zeros((ROWS,), dtype=tl.int32)[:, None, None]
-    pointers = rows_of_x[:, None, None, None]
-    if rows_of_x.dtype.element_ty.primitive_bitwidth == 32:
-        low = same + places[None, :, None] * 8 + tl.arange(0, 4)[None, None, :]
+    samples = first_sample + tl.arange(0, SAMPLES * ROWS) // ROWS
+    sample_inside = (samples < M)[:, None]
+    pointers = x + (samples.to(tl.int64) * x_stride)[:, None]
+    if x.dtype.element_ty.primitive_bitwidth == 32:
+        part = tl.arange(0, BYTES * 4)
+        low = first * 8 + part // 4 * 8 + part % 4
         high = low + 4
-        reads = sample_inside[:, None, None, None] & (low < C)[None, :, :, :]
-        x_low = tl.load(pointers + low[None, :, :, :], mask=reads, other=0.0)
-        reads = sample_inside[:, None, None, None] & (high < C)[None, :, :, :]
-        x_high = tl.load(pointers + high[None, :, :, :], mask=reads, other=0.0)
+        x_low = tl.load(pointers + low[None, :], mask=sample_inside & (low < C)[None, :], other=0.0)
+        x_high = tl.load(pointers + high[None, :], mask=sample_inside & (high < C)[None, :], other=0.0)
         c0, c1, c2, c3 = _four(tl.reshape(x_low, (SAMPLES, ROWS, BYTES, 2, 2)))
         c4, c5, c6, c7 = _four(tl.reshape(x_high, (SAMPLES, ROWS, BYTES, 2, 2)))
     else:
-        columns = same + places[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
-        reads = sample_inside[:, None, None, None] & (columns < C)[None, :, :, :]
-        tile = tl.load(pointers + columns[None, :, :, :], mask=reads, other=0.0).to(tl.float32)
+        columns = first * 8 + tl.arange(0, BYTES * 8)
+        tile = tl.load(pointers + columns[None, :], mask=sample_inside & (columns < C)[None, :], other=0.0).to(tl.float32)
         even, odd = tl.split(tl.reshape(tile, (SAMPLES, ROWS, BYTES, 2, 2, 2)))
         c0, c2, c4, c6 = _four(even)
         c1, c3, c5, c7 = _four(odd)
@@ -85,10 +84,9 @@ def join_columns(w, ROWS: tl.constexpr, BYTES: tl.constexpr):
 @triton.jit
 def four_values(rows_of_values, first, row_inside, row_values, TYPE: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr):
     """Four (ROWS, BYTES) tensors of TYPE: the values of each of BYTES bytes, from byte ``first`` on; 0 behind the row's end."""
-    places = (first + tl.arange(0, BYTES))[:, None] * 4 + tl.arange(0, 4)[None, :]
-    inside = row_inside[:, None, None] & (places < row_values)[None, :, :]
-    # The last axis is a byte's own four values, so that the compiler's widest load is theirs and no thread takes another's.
-    tile = tl.load(rows_of_values[:, None, None] + places[None, :, :], mask=inside, other=0.0, eviction_policy="evict_first")
+    places = first * 4 + tl.arange(0, BYTES * 4)
+    inside = row_inside[:, None] & (places < row_values)[None, :]
+    tile = tl.load(rows_of_values[:, None] + places[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
     return _four(tl.reshape(tile.to(TYPE), (ROWS, BYTES, 2, 2)))
 
 
@@ -128,28 +126,41 @@ def from_four(byte, v, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _next(byte, j: tl.constexpr, rows_of_values, position, TYPE: tl.constexpr):
+def _next(byte, j: tl.constexpr, pointer, TYPE: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr):
     bit = (byte >> j) & 1
-    weight = tl.load(rows_of_values[:, None] + position, mask=bit != 0, other=0.0)
-    return weight.to(TYPE), position + bit
+    weight = tl.load(pointer, mask=bit != 0, other=0.0)
+    return tl.reshape(weight.to(TYPE), (ROWS, BYTES)), pointer + bit
 
 
 @triton.jit
-def from_indexed(byte, rows_of_values, position, TYPE: tl.constexpr):
+def from_indexed(byte, rows_of_values, position, TYPE: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr):
     """The eight weights of bytes whose values start at ``position`` (ROWS, BYTES) int32 of their rows."""
-    w0, position = _next(byte, 0, rows_of_values, position, TYPE)
-    w1, position = _next(byte, 1, rows_of_values, position, TYPE)
-    w2, position = _next(byte, 2, rows_of_values, position, TYPE)
-    w3, position = _next(byte, 3, rows_of_values, position, TYPE)
-    w4, position = _next(byte, 4, rows_of_values, position, TYPE)
-    w5, position = _next(byte, 5, rows_of_values, position, TYPE)
-    w6, position = _next(byte, 6, rows_of_values, position, TYPE)
-    w7, position = _next(byte, 7, rows_of_values, position, TYPE)
+    # One axis at the loads: no axis of theirs is contiguous, and with two the compiler may lay a warp's lanes along the rows.
+    pointer = tl.reshape(rows_of_values[:, None] + position, (ROWS * BYTES,))
+    byte = tl.reshape(byte, (ROWS * BYTES,))
+    w0, pointer = _next(byte, 0, pointer, TYPE, ROWS, BYTES)
+    w1, pointer = _next(byte, 1, pointer, TYPE, ROWS, BYTES)
+    w2, pointer = _next(byte, 2, pointer, TYPE, ROWS, BYTES)
+    w3, pointer = _next(byte, 3, pointer, TYPE, ROWS, BYTES)
+    w4, pointer = _next(byte, 4, pointer, TYPE, ROWS, BYTES)
+    w5, pointer = _next(byte, 5, pointer, TYPE, ROWS, BYTES)
+    w6, pointer = _next(byte, 6, pointer, TYPE, ROWS, BYTES)
+    w7, pointer = _next(byte, 7, pointer, TYPE, ROWS, BYTES)
     return w0, w1, w2, w3, w4, w5, w6, w7
 
 
 @triton.jit
-def first_value(row_offsets, chunk_starts, rows, row_inside, begin, row_bytes, row_values, KEEP: tl.constexpr, GROUP: tl.constexpr):
+def first_value(
+    row_offsets,
+    chunk_starts,
+    rows,
+    row_inside,
+    begin,
+    row_bytes,
+    row_values,
+    KEEP: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     """Where each row's values start, int64, and how many of them lie before mask byte ``begin``, int32 (ROWS,) each.
 
     Bytes 0 and multiples of CHUNK_BYTES are the only ones that ``begin`` may be; ``rows`` is int64.
@@ -192,5 +203,5 @@ def tile_weights(
             count = bit_count(byte)
             position = before[:, None] + tl.cumsum(count, axis=1) - count
             before += tl.sum(count, axis=1)
-        w = from_indexed(byte, rows_of_values, position, TYPE)
+        w = from_indexed(byte, rows_of_values, position, TYPE, ROWS, BYTES)
     return w, before

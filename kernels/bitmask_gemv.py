@@ -29,9 +29,9 @@ from sparse_engine.kernels.bitmask_expand import eight_columns, first_value, til
 __all__ = ["bitmask_gemv"]
 
 
-# Nothing may be known of row_bytes: mask bytes are then loaded one by one, a lane its own, where a known alignment would have a
-# thread take several neighbours and pass them on through shared memory.
-@triton.jit(do_not_specialize=["row_bytes"])
+# Nothing may be known of row_bytes and row_values: a lane then loads the mask byte and the values that are its own, where a known
+# alignment would have it take several neighbours' and pass them on through shared memory.
+@triton.jit(do_not_specialize=["row_bytes", "row_values"])
 def bitmask_gemv(
     x,  # (M, C) element type, columns adjacent, rows x_stride elements apart
     values,  # (nnz,) element type: the kept values of W, row by row in column order
@@ -49,6 +49,7 @@ def bitmask_gemv(
     part_bytes,  # mask bytes of a part, a multiple of CHUNK_BYTES and of BYTES
     KEEP: tl.constexpr,  # N of N:M, 0 for unstructured
     GROUP: tl.constexpr,  # M of N:M, 0 for unstructured
+    WHOLE_BYTES: tl.constexpr,  # whether C is a multiple of 8
     BLOCK_M: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     ABREAST: tl.constexpr,  # 32 * num_warps / BYTES: rows of W that the threads cover at one byte each
@@ -57,16 +58,20 @@ def bitmask_gemv(
 ):
     m_tiles = tl.cdiv(M, BLOCK_M)
     rows = tl.program_id(0) // m_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    samples = tl.program_id(0) % m_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_sample = tl.program_id(0) % m_tiles * BLOCK_M
+    samples = first_sample + tl.arange(0, BLOCK_M)
     row_inside, sample_inside = rows < R, samples < M
     begin = tl.program_id(1) * part_bytes
     end = tl.minimum(begin + part_bytes, row_bytes)
     # 64 bits for whatever a row number is multiplied by: a large layer's values need more than 31.
     wide_rows, wide_samples = rows.to(tl.int64), samples.to(tl.int64)
+    if KEEP * 2 == GROUP and WHOLE_BYTES:
+        # The compiler then knows that a byte's four values are aligned to their size, and nothing beyond: a lane's widest load is
+        # its own byte's values.
+        row_values = row_bytes * 4
     start, before = first_value(row_offsets, chunk_starts, wide_rows, row_inside, begin, row_bytes, row_values, KEEP, GROUP)
     rows_of_values = values + start
     rows_of_mask = bitmask + wide_rows * row_bytes
-    rows_of_x = x + wide_samples * x_stride
 
     GROUPS: tl.constexpr = BLOCK_ROWS // ABREAST
     sums = tl.zeros((BLOCK_M, GROUPS, ABREAST, BYTES), dtype=tl.float32)
@@ -74,7 +79,7 @@ def bitmask_gemv(
         places = first + tl.arange(0, BYTES)
         inside = row_inside[:, None] & (places < end)[None, :]
         byte = tl.load(rows_of_mask[:, None] + places[None, :], mask=inside, other=0).to(tl.int32)
-        a = eight_columns(rows_of_x, places, sample_inside, C, BLOCK_M, ABREAST, BYTES)
+        a = eight_columns(x, x_stride, first_sample, M, first, C, BLOCK_M, ABREAST, BYTES)
         w, before = tile_weights(byte, rows_of_values, first, before, row_inside, row_values, KEEP, GROUP, tl.float32, BLOCK_ROWS, BYTES)
         for j in tl.static_range(8):
             sums += tl.reshape(w[j], (1, GROUPS, ABREAST, BYTES)) * a[j][:, None, :, :]

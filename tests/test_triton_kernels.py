@@ -160,16 +160,14 @@ def test_half_types_match_fp64(pattern: str, m: int) -> None:
 @pytest.mark.parametrize("pattern", list(SPLIT))
 def test_every_tile_gives_the_same_bits_twice(pattern: str, m: int) -> None:
     assert BITMASK is not None
-    # The interpreter takes seconds for what a GPU does in microseconds.
-    for dtype in TOLERANCE if DEVICE == "cuda" else (torch.float32 if m == 3 else torch.bfloat16,):
-        packed = make_packed(pattern, SPLIT[pattern], dtype)
-        tiles = BITMASK.tiles(m, *packed.shape, dtype)
-        assert {tile.parts > 1 for tile in tiles} == {True, False}
-        for tile in tiles:
-            y = assert_product(packed, m, with_bias=True, tile=tile)
-            if tile.parts > 1 or DEVICE == "cuda":
-                x, bias = operands(packed, m)
-                assert torch.equal(launch(x, packed, bias, tile), y)
+    packed = make_packed(pattern, SPLIT[pattern], torch.float32 if m == 3 else torch.bfloat16)
+    tiles = BITMASK.tiles(m, *packed.shape, packed.dtype)
+    assert {tile.parts > 1 for tile in tiles} == {True, False}
+    for tile in tiles:
+        y = assert_product(packed, m, with_bias=True, tile=tile)
+        if tile.parts > 1 or DEVICE == "cuda":
+            x, bias = operands(packed, m)
+            assert torch.equal(launch(x, packed, bias, tile), y)
 
 
 @needs_kernel
@@ -270,36 +268,46 @@ from triton.compiler import ASTSource
 from sparse_engine.kernels import bitmask
 from sparse_engine.kernels.bitmask_dot import bitmask_dot
 from sparse_engine.kernels.bitmask_gemv import bitmask_gemv
+from sparse_engine.kernels.split_k import add_parts
 
 ELEMENTS = {torch.bfloat16: ("bf16", tl.bfloat16), torch.float16: ("fp16", tl.float16), torch.float32: ("fp32", tl.float32)}
 # What torch and the layouts of OPT's widths align; as Triton's launcher would find it.
-ALIGNED = {"R", "C", "x_stride", "row_values", "part_bytes"}
+ALIGNED = {"R", "C", "x_stride", "part_bytes"}
 
 
-def compile(tile, dtype, n, m):
-    kernel = bitmask_gemv if tile.form == "gemv" else bitmask_dot
+def build(kernel, element, constants, options):
+    # As the launcher would: 1 for M is a constant, and only what it may look at is known to be aligned.
+    pointers = {name: "*" + element for name in ("x", "values", "bias", "y")}
+    pointers |= {"bitmask": "*u8", "row_offsets": "*i64", "chunk_starts": "*i32", "parts": "*fp32"}
     names = [parameter.name for parameter in kernel.params]
+    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
+    places = {(names.index(name),): value for name, value in constants.items()}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in ALIGNED or name in pointers}
+    aligned = {place: value for place, value in aligned.items() if place not in places}
+    return triton.compile(ASTSource(kernel, signature, places, aligned), GPUTarget("cuda", CAPABILITY, 32), options)
+
+
+def compile(tile, dtype, n, m, m_rows):
+    kernel = bitmask_gemv if tile.form == "gemv" else bitmask_dot
     element, element_type = ELEMENTS[dtype]
-    pointers = {name: "*" + element for name in ("x", "values", "bias", "y")} | {"bitmask": "*u8"}
-    constants = {"KEEP": n, "GROUP": m, "BLOCK_M": tile.block_m, "BLOCK_ROWS": tile.block_rows, "BYTES": tile.block_bytes}
+    constants = {"KEEP": n, "GROUP": m, "WHOLE_BYTES": True}
+    constants |= {"BLOCK_M": tile.block_m, "BLOCK_ROWS": tile.block_rows, "BYTES": tile.block_bytes}
     if m:
         constants |= {"row_offsets": None, "chunk_starts": None}
-    else:
-        pointers |= {"row_offsets": "*i64", "chunk_starts": "*i32"}
+    if m_rows == 1:
+        constants["M"] = 1
     options = {"num_warps": tile.warps}
     if tile.form == "gemv":
         constants |= {"ABREAST": 32 * tile.warps // tile.block_bytes, "UNROLL": tile.depth}
     else:
         constants["TYPE"] = element_type
         options["num_stages"] = tile.depth
-    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
-    places = {(names.index(name),): value for name, value in constants.items()}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in ALIGNED or name in pointers}
-    return triton.compile(ASTSource(kernel, signature, places, aligned), GPUTarget("cuda", CAPABILITY, 32), options)
+    return build(kernel, element, constants, options)
 
 
+build(add_parts, "bf16", {"M": 1, "PARTS": 3, "BLOCK": 512}, {"num_warps": 4})
 for m_rows, shape, dtype, n, m in (
-    (1, (4096, 4096), torch.bfloat16, 2, 4),
+    (1, (768, 768), torch.bfloat16, 2, 4),
     (1, (16384, 4096), torch.bfloat16, 4, 8),
     (1, (16384, 4096), torch.float16, 0, 0),
     (8, (16384, 4096), torch.float32, 2, 4),
@@ -309,7 +317,7 @@ for m_rows, shape, dtype, n, m in (
     (129, (4096, 4096), torch.float32, 2, 4),
 ):
     tile = bitmask.default_tile(m_rows, *shape, dtype)
-    compiled = compile(tile, dtype, n, m)
+    compiled = compile(tile, dtype, n, m, m_rows)
     with open("kernel.cubin", "wb") as file:
         file.write(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
@@ -491,30 +499,30 @@ def test_kernels_lie_inside_the_package() -> None:
 @pytest.mark.gpu
 @needs_kernel
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("pattern", list(SHAPES))
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "3:16", "0.5"])
 def test_registered_kernel_matches_fp64(pattern: str, dtype: torch.dtype) -> None:
     kernel = registry.get("triton_bitmask")
-    for shape in ((771, 1600), (2304, 768), (8200, 544)):
-        packed = make_packed(pattern, shape, dtype)
-        layout = kernel.prepare(packed)
-        bias = torch.randn(shape[0], device="cuda", dtype=dtype)
-        for m in (*PER_ROW, 1000):
-            wide = torch.randn(m, 2 * shape[1] + 2, device="cuda", dtype=dtype)
-            for x in (wide[:, : shape[1]], wide[:, 1 : shape[1] + 1], wide[:, 2::2]):
-                y = kernel.run(x, layout, bias, packed.pattern)
-                assert relative_error(y, expected_product(x, packed, bias)) < TOLERANCE[dtype]
+    for i, m in enumerate((*PER_ROW, 1000)):
+        packed = make_packed(pattern, ((771, 1600), (2304, 768), (8200, 544))[i % 3], dtype)
+        columns = packed.shape[1]
+        bias = torch.randn(packed.shape[0], device="cuda", dtype=dtype)
+        wide = torch.randn(m, 2 * columns + 2, device="cuda", dtype=dtype)
+        # Rows apart and aligned, rows apart and not, columns apart. Each alignment is compiled anew, so not all for every m.
+        x = (wide[:, :columns], wide[:, 1 : columns + 1], wide[:, 2::2])[i // 2 % 3]
+        y = kernel.run(x, kernel.prepare(packed), bias, packed.pattern)
+        assert relative_error(y, expected_product(x, packed, bias)) < TOLERANCE[dtype]
 
 
 @pytest.mark.gpu
 @needs_kernel
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "0.5"])
 def test_every_configuration_matches_fp64(pattern: str, dtype: torch.dtype) -> None:
     kernel = registry.get("triton_bitmask")
-    for shape in ((768, 768), (768, 3072), (8192, 2048)):
+    for shape in ((768, 3072), (8192, 2048)):
         packed = make_packed(pattern, shape, dtype)
         layout = kernel.prepare(packed)
-        for m in (1, 2, 8, 16, 64, 128):
+        for m in (1, 8, 16, 128):
             x = torch.randn(m, shape[1], device="cuda", dtype=dtype)
             expected = expected_product(x, packed, None)
             for config in kernel.configs(Problem.of(packed, m)):
