@@ -439,8 +439,12 @@ def test_measured_configuration_is_run(tmp_path: Path, monkeypatch: pytest.Monke
     assert BITMASK is not None
     monkeypatch.setenv("SPARSE_ENGINE_CACHE", str(tmp_path))
     gpu, shape = "A GPU that is nowhere", (768, 768)
-    for rows, config in ((1, ("gemv", 1, 4, 32, 4, 2, 4)), (64, ()), (128, ("dot", 1.5))):
-        tuning.record(gpu, "2:4", torch.bfloat16, shape, rows, {"triton_bitmask": tuning.Measured(1.0, config)})
+    measured = {1: ("gemv", 1, 4, 32, 4, 2, 4), 64: (), 128: ("dot", 1.5)}
+    entries = [
+        tuning.Entry("2:4", torch.bfloat16, shape, rows, {"triton_bitmask": tuning.Measured(1.0, config)})
+        for rows, config in measured.items()
+    ]
+    tuning.record(gpu, entries)
     assert triton_bitmask._choose(gpu, "2:4", torch.bfloat16, shape, 1) == BITMASK.Tile("gemv", 1, 4, 32, 4, 2, 4)
     for rows in (5, 64):
         default = BITMASK.default_tile(rows, *shape, torch.bfloat16)
