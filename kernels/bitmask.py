@@ -17,13 +17,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from sparse_engine.kernels.bitmask_dot import bitmask_dot
 from sparse_engine.kernels.bitmask_expand import CHUNK_BYTES
 from sparse_engine.kernels.bitmask_gemv import bitmask_gemv
 from sparse_engine.kernels.split_k import add_parts
 
-__all__ = ["CHUNK_BYTES", "MAX_PARTS", "Tile", "bitmask_linear", "default_tile", "part_bytes", "tiles", "why_not"]
+__all__ = ["CHUNK_BYTES", "MAX_PARTS", "OutOfResources", "Tile", "bitmask_linear", "default_tile", "part_bytes", "tiles", "why_not"]
 
 MAX_PARTS = 16
 """Most parts of a row: their sums are read together."""
@@ -181,6 +182,9 @@ def bitmask_linear(
         n, m: the N:M pattern; 0 where ``row_offsets`` is given.
         tile: see :func:`default_tile`.
         out: (M, R) of x's type, contiguous; on the device that is current.
+
+    Raises:
+        OutOfResources: the tile needs more shared memory than a program can have on this GPU.
     """
     samples, columns = x.shape
     rows, row_bytes = bitmask.shape

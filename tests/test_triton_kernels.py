@@ -435,6 +435,19 @@ def test_configurations_that_cannot_run_are_refused(config: tuple[Any, ...], mes
 
 
 @needs_kernel
+def test_tile_too_large_for_the_gpu_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert BITMASK is not None
+
+    def refuse(*_: object) -> None:
+        raise BITMASK.OutOfResources(81920, 65536, "shared memory")
+
+    monkeypatch.setattr(BITMASK, "bitmask_linear", refuse)
+    tile = BITMASK.Tile("dot", 128, 128, 8, 3, 1, 8)
+    with pytest.raises(KernelUnavailableError, match=r"cannot run \['dot', 128, 128, 8, 3, 1, 8\] on this GPU: .*Required: 81920"):
+        triton_bitmask._launch(BITMASK, tile, None)
+
+
+@needs_kernel
 def test_measured_configuration_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert BITMASK is not None
     monkeypatch.setenv("SPARSE_ENGINE_CACHE", str(tmp_path))

@@ -108,6 +108,13 @@ def _check(
         )
 
 
+def _launch(kernels: ModuleType, *arguments: Any) -> None:
+    try:
+        kernels.bitmask_linear(*arguments)
+    except kernels.OutOfResources as error:
+        raise KernelUnavailableError(f"triton_bitmask cannot run {list(arguments[-2])} on this GPU: {error}") from None
+
+
 def _linear(
     x: Tensor,
     values: Tensor,
@@ -135,7 +142,7 @@ def _linear(
     contiguous = [t if t is None else t.contiguous() for t in (values, bitmask, row_offsets, starts, bias)]
     # Triton launches on the current device, whichever the tensors are on.
     with torch.cuda.device(x.device):
-        _kernels().bitmask_linear(flat, *contiguous, n, m, tile, y.view(-1, y.shape[-1]))
+        _launch(_kernels(), flat, *contiguous, n, m, tile, y.view(-1, y.shape[-1]))
     return y
 
 
