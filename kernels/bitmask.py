@@ -19,10 +19,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from sparse_engine.kernels.bitmask_dot import bitmask_dot
-from sparse_engine.kernels.bitmask_expand import CHUNK_BYTES
-from sparse_engine.kernels.bitmask_gemv import bitmask_gemv
-from sparse_engine.kernels.split_k import add_parts
+from .bitmask_dot import bitmask_dot
+from .bitmask_expand import CHUNK_BYTES
+from .bitmask_gemv import bitmask_gemv
+from .split_k import add_parts
 
 __all__ = ["CHUNK_BYTES", "MAX_PARTS", "OutOfResources", "Tile", "bitmask_linear", "default_tile", "part_bytes", "tiles", "why_not"]
 

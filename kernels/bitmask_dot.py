@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparse_engine.kernels.bitmask_expand import first_value, join_columns, tile_weights
+from .bitmask_expand import first_value, join_columns, tile_weights
 
 __all__ = ["bitmask_dot"]
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparse_engine.kernels.bitmask_expand import eight_columns, first_value, tile_weights
+from .bitmask_expand import eight_columns, first_value, tile_weights
 
 __all__ = ["bitmask_gemv"]
 
