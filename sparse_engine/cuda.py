@@ -160,12 +160,12 @@ def launch(
     argument: ctypes.Structure,
     device: int,
     *,
-    cluster_y: int = 1,
+    cluster: tuple[int, int] = (1, 1),
     overlap: bool = False,
 ) -> None:
     """Launch with one structure argument on the current stream of ``device``, which must be the current device.
 
-    ``cluster_y`` groups that many blocks along y; ``overlap`` lets the kernel start before its predecessor in the
+    ``cluster`` groups that many blocks along x and y; ``overlap`` lets the kernel start before its predecessor in the
     stream ends (programmatic dependent launch): only for kernels that wait for it themselves. Both need capability 9.0.
 
     Raises:
@@ -178,9 +178,9 @@ def launch(
         function.prepared[device] = shared_bytes
     attributes = (_LaunchAttribute * 2)()
     count = 0
-    if cluster_y > 1:
+    if cluster != (1, 1):
         attributes[count].id = _ATTRIBUTE_CLUSTER
-        attributes[count].value[0], attributes[count].value[1], attributes[count].value[2] = 1, cluster_y, 1
+        attributes[count].value[0], attributes[count].value[1], attributes[count].value[2] = *cluster, 1
         count += 1
     if overlap:
         attributes[count].id = _ATTRIBUTE_PROGRAMMATIC

@@ -70,7 +70,8 @@ def op_call(
         return op, (x, layout["weight"], bias, residual, *packed.shape, packed.pattern.group[1], relu)
     op = torch.ops.sparse_engine.cuda_unstructured_linear.default
     depth = layout["extent"].shape[2]
-    return op, (x, layout["weight"], layout["masks"], layout["offsets"], bias, residual, *packed.shape, depth, relu)
+    tensors = [layout[name] for name in ("weight", "masks", "offsets", "counts")]
+    return op, (x, *tensors, bias, residual, *packed.shape, depth, relu)
 
 
 @pytest.mark.parametrize(("pattern", "shape"), CASES)
@@ -106,9 +107,10 @@ def test_parameters_match_the_source() -> None:
     assert declared == [name for name, _ in cuda_decode._Params._fields_]
 
 
+KERNEL_NAMES = {"2:4": "cuda_nm", "4:8": "cuda_nm", "unstructured": "cuda_unstructured"}
 COMPILED = list(
     dict.fromkeys(
-        cuda_tiles.choose(pattern, *shape, m, H200)
+        cuda_tiles.choose(KERNEL_NAMES[pattern], pattern, torch.bfloat16, *shape, m, H200)
         for pattern in ("2:4", "4:8", "unstructured")
         for shape in ((768, 768), (16384, 4096))
         for m in (1, 16, 64, 128)
@@ -136,12 +138,12 @@ def test_chosen_tiles_compile_within_their_registers(source: cuda_decode.Source,
 @pytest.mark.parametrize("shape", [(768, 768), (768, 3072), (1, 8), (2048, 2048), (36864, 9216), (9216, 36864)], ids=str)
 def test_chosen_tiles_fit_the_gpu(shape: tuple[int, int], m: int) -> None:
     for pattern, depth in (("2:4", 0), ("4:8", 0), ("unstructured", 64)):
-        source, tile = cuda_tiles.choose(pattern, *shape, m, H200)
+        source, tile = cuda_tiles.choose(KERNEL_NAMES[pattern], pattern, torch.bfloat16, *shape, m, H200)
         count = min(m, source.max_rows)
         tile = cuda_decode.fit(source, tile, count, depth, H200)
         assert count <= 8 * tile.n_tiles
         assert source.shared_bytes(tile, count, depth) <= H200.shared_limit
-        assert 32 <= tile.threads <= 1024
+        assert 32 <= source.threads(tile) <= 1024
         assert tile.splits <= 8
         assert tile.warps_k % tile.parts == 0 or depth
 

@@ -31,7 +31,11 @@ typedef unsigned long long u64;
 #define UNIT 256
 #define ROUND_UNITS (WARPS_K / PARTS)
 #endif
-#define THREADS (32 * WARPS_ROW * WARPS_K)
+// Warps that fetch activations for the others, where a kernel has them; they come last.
+#ifndef PRODUCERS
+#define PRODUCERS 0
+#endif
+#define THREADS (32 * (WARPS_ROW * WARPS_K + PRODUCERS))
 #define BLOCK_ROWS (16 * ROW_TILES * WARPS_ROW)
 #define RED_PITCH (BLOCK_ROWS + 4)
 // Zeros that lanes without an activation row read in place of x; the x buffers start behind it.
@@ -42,8 +46,9 @@ typedef unsigned long long u64;
 
 struct Params {
   const uint4* weight; // the kernel's own layout, described beside each kernel
-  const uint4* masks;  // unstructured only, as are offsets and depth
+  const uint4* masks;  // unstructured only, as are offsets, counts and depth: see paired.cuh
   const u32* offsets;
+  const unsigned char* counts;
   const u16* x;        // (m, cols), row stride ldx elements, columns contiguous
   const u16* bias;     // (rows,) or null
   const u16* residual; // (m, rows) contiguous or null; added last
@@ -52,7 +57,7 @@ struct Params {
   int units;    // ceil(cols / UNIT)
   int relu;     // clamp at 0 after the bias, before the residual
   int x_vector; // x rows are 16-byte aligned and cols is a multiple of 8
-  int depth;    // 4-byte words of values in a lane's longest stream of one unit
+  int depth;    // words of a lane's longest stream of one unit
 };
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -81,6 +86,13 @@ __device__ __forceinline__ u16 from_float(float f) {
 __device__ __forceinline__ u64 weight_policy() {
   u64 policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// Activations are read by many blocks: last to leave L2.
+__device__ __forceinline__ u64 activation_policy() {
+  u64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
 
@@ -165,13 +177,14 @@ __device__ __forceinline__ int staged_rows(int m) { return N_TILES == 1 ? m : 8 
 __device__ __forceinline__ void clear_padding(unsigned char* smem, const Params& p) {
   for (int i = threadIdx.x; i < ZERO_BYTES / 16; i += THREADS)
     ((uint4*)smem)[i] = make_uint4(0, 0, 0, 0);
-  if (N_TILES == 1) return;
+#if N_TILES > 1
   for (int s = 0; s < STAGES; ++s) {
     unsigned char* stage = smem + ZERO_BYTES + (size_t)s * staged_rows(p.m) * X_PITCH;
     int chunks = (8 * N_TILES - p.m) * (X_PITCH / 16);
     for (int i = threadIdx.x; i < chunks; i += THREADS)
       ((uint4*)(stage + (size_t)p.m * X_PITCH))[i] = make_uint4(0, 0, 0, 0);
   }
+#endif
 }
 
 // Starts copying x columns [column, column + ROUND_UNITS * 256) into buffer `stage`; columns from `cols` on become zero.
@@ -227,14 +240,12 @@ __device__ __forceinline__ void store_output(const Params& p, int n, int row, fl
   p.y[at] = from_float(v);
 }
 
-// Sums the warps' accumulators over k-warps and cluster blocks and writes y. acc[rt][nt] is an m16n8 fragment.
-__device__ __forceinline__ void reduce_and_store(unsigned char* smem, const Params& p, float (&acc)[ROW_TILES][N_TILES][4]) {
+// Puts a warp's accumulators where finish_and_store sums them. acc[rt][nt] is an m16n8 fragment.
+__device__ __forceinline__ void collect(unsigned char* smem, const Params& p, float (&acc)[ROW_TILES][N_TILES][4]) {
   float* red = (float*)smem;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warp_row = warp % WARPS_ROW, warp_k = warp / WARPS_ROW;
-  const int group = lane >> 2, quad = lane & 3, first_row = blockIdx.x * BLOCK_ROWS;
+  const int group = lane >> 2, quad = lane & 3;
   const int plane = 8 * N_TILES * RED_PITCH;
-  asm volatile("cp.async.wait_group 0;" ::: "memory");
-  __syncthreads();
 #pragma unroll
   for (int rt = 0; rt < ROW_TILES; ++rt)
 #pragma unroll
@@ -244,7 +255,12 @@ __device__ __forceinline__ void reduce_and_store(unsigned char* smem, const Para
         int n = nt * 8 + quad * 2 + (i & 1), row = (warp_row * ROW_TILES + rt) * 16 + group + (i >> 1) * 8;
         if (n < p.m) red[warp_k * plane + n * RED_PITCH + row] = acc[rt][nt][i];
       }
-  __syncthreads();
+}
+
+// Sums what the warps have collected over k-warps and cluster blocks and writes y; every thread of the block calls it, after a barrier.
+__device__ __forceinline__ void finish_and_store(unsigned char* smem, const Params& p) {
+  float* red = (float*)smem;
+  const int first_row = blockIdx.x * BLOCK_ROWS, plane = 8 * N_TILES * RED_PITCH;
   const int splits = gridDim.y, rank = blockIdx.y;
   for (int e = threadIdx.x; e < p.m * BLOCK_ROWS; e += THREADS) {
     int n = e / BLOCK_ROWS, row = e % BLOCK_ROWS;
@@ -270,4 +286,12 @@ __device__ __forceinline__ void reduce_and_store(unsigned char* smem, const Para
   }
   // A block may not leave while others still read its shared memory.
   cluster_sync();
+}
+
+__device__ __forceinline__ void reduce_and_store(unsigned char* smem, const Params& p, float (&acc)[ROW_TILES][N_TILES][4]) {
+  asm volatile("cp.async.wait_group 0;" ::: "memory");
+  __syncthreads();
+  collect(smem, p, acc);
+  __syncthreads();
+  finish_and_store(smem, p);
 }

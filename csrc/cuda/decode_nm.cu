@@ -14,6 +14,7 @@
 #define X_PAD 64 // rows 64 bytes apart modulo 128: two rows of 64 bytes per phase of a 16-byte load
 #endif
 #include "decode_common.cuh"
+#include "expand.cuh"
 
 #define CHAINS (ROW_TILES * N_TILES <= 2 ? 2 : 1)
 
@@ -24,21 +25,6 @@ __device__ __forceinline__ void mma_sparse(float (&d)[4], const uint4& a, const 
                " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(meta), "n"(SELECTOR));
-}
-#else
-// Selectors of pairs 0 and 1 of four columns, for values taken from the front of a window and from its back.
-struct Tables {
-  u32 front0, front1, back0, back1;
-};
-
-// The four column pairs of a group of eight from its four values (v0 low in `low`), by the mask byte at bit `at` of `masks`.
-// A pair takes its kept values from a window of two: from the front for pairs 0 and 1, from the back for 2 and 3.
-__device__ __forceinline__ void expand_group(u32 low, u32 high, u32 masks, int at, const Tables& t, u32& p0, u32& p1, u32& p2, u32& p3) {
-  const u32 first = masks >> at, second = masks >> (at + 4);
-  p0 = permute(low, look_up(t.front0, first));
-  p1 = permute(__funnelshift_rc(low, high, 16 * __popc(masks & (0x03u << at))), look_up(t.front1, first));
-  p2 = permute(__funnelshift_lc(low, high, 16 * __popc(masks & (0xc0u << at))), look_up(t.back0, second));
-  p3 = permute(high, look_up(t.back1, second));
 }
 #endif
 
@@ -81,7 +67,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_nm(cons
   const int x_row = lane & 7, x_chunk = lane >> 3;
 #else
   const int x_row = lane >> 2, x_chunk = lane & 3;
-  const Tables tables = {front_selector(lane & 3), front_selector(lane >> 2 & 3), back_selector(lane & 3), back_selector(lane >> 2 & 3)};
+  const Tables tables = make_tables(lane);
 #endif
   const bool live = N_TILES > 1 || x_row < p.m;
   const int x_column = warp_k / PARTS * (UNIT * 2) + part * STEPS * 64 + x_chunk * 16;
@@ -128,9 +114,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_nm(cons
         u32 a[ROW_TILES][8];
 #pragma unroll
         for (int rt = 0; rt < ROW_TILES; ++rt) {
-          const u32 masks = positions[rt][s / 2];
-          expand_group(values[rt][s].x, values[rt][s].y, masks, s % 2 * 16, tables, a[rt][0], a[rt][2], a[rt][4], a[rt][6]);
-          expand_group(values[rt][s].z, values[rt][s].w, masks, s % 2 * 16 + 8, tables, a[rt][1], a[rt][3], a[rt][5], a[rt][7]);
+          expand_step(values[rt][s], positions[rt][s / 2], s % 2 * 16, tables, a[rt]);
         }
 #pragma unroll
         for (int nt = 0; nt < N_TILES; ++nt) {

@@ -13,18 +13,35 @@ from torch import Tensor
 from sparse_engine import cuda
 from sparse_engine.errors import InputError, KernelUnavailableError
 
-__all__ = ["MAX_ROWS", "UNIT", "Gpu", "Source", "Tile", "fit", "fragment_linear_fake", "gpu", "run_decode"]
+__all__ = [
+    "MAX_ROWS",
+    "UNIT",
+    "Gpu",
+    "Source",
+    "Streams",
+    "Tile",
+    "WarpgroupSource",
+    "arrange_macros",
+    "fit",
+    "fragment_linear_fake",
+    "gpu",
+    "macros_of",
+    "run_decode",
+]
 
 UNIT = 256
 """Columns that a warp takes at a time."""
 MAX_ROWS = 64
 """Activation rows of one launch of a kernel on mma.sync; more run as slabs."""
 _ZERO_BYTES = 128
+_ARRANGE_THREADS = 256
+_SLOT_BYTES = 9 * 512
+"""Bytes of 16 rows by 256 columns of a 2:4 or 4:8 weight in fragment order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """How one launch divides its work; the macros of decode_common.cuh, and ``splits`` of the columns over a cluster's blocks."""
+    """How one launch divides its work: macros of decode_common.cuh and paired.cuh, and ``splits`` of the columns over a cluster."""
 
     n_tiles: int
     row_tiles: int
@@ -34,10 +51,7 @@ class Tile:
     splits: int = 1
     stages: int = 2
     min_blocks: int = 1
-
-    @property
-    def threads(self) -> int:
-        return 32 * self.warps_row * self.warps_k
+    table_copies: int = 16
 
     @property
     def block_rows(self) -> int:
@@ -52,6 +66,7 @@ class Tile:
             "PARTS": self.parts,
             "STAGES": self.stages,
             "MIN_BLOCKS": self.min_blocks,
+            "TABLE_COPIES": self.table_copies,
         }
 
 
@@ -65,21 +80,53 @@ class Source:
     x_pad: int = 0
     max_rows: int = MAX_ROWS
 
+    def threads(self, tile: Tile) -> int:
+        """Threads of a block."""
+        return 32 * tile.warps_row * tile.warps_k
+
     def shared_bytes(self, tile: Tile, m: int, depth: int) -> int:
         """Shared memory for the buffers of x and for value streams of ``depth`` words, reused by the sums of the warps."""
         rows = m if tile.n_tiles == 1 else 8 * tile.n_tiles
-        buffers = tile.stages * rows * (tile.warps_k * UNIT * 2 // tile.parts + self.x_pad) + (_ZERO_BYTES if self.x_pad else 0)
+        buffers = tile.stages * rows * (tile.warps_k * UNIT * 2 // tile.parts + self.x_pad) + _ZERO_BYTES
         if depth:
-            # Three words more than the longest stream: a lane behind its last value still reads three.
-            buffers = -(-buffers // 128) * 128 + tile.stages * tile.warps_row * tile.warps_k * (depth + 3) * 128
+            buffers = -(-buffers // 128) * 128 + _stream_bytes(tile, depth)
         return max(buffers, tile.warps_k * 8 * tile.n_tiles * (tile.block_rows + 4) * 4)
+
+
+@dataclass(frozen=True, slots=True)
+class WarpgroupSource(Source):
+    """A kernel on wgmma, for compute capability 9.0; it reads activations in the form that csrc/cuda/arrange.cu gives them.
+
+    ``expanded``: weights are expanded, which asks for another order of the columns.
+    """
+
+    max_rows: int = 128
+    expanded: bool = False
+
+    def threads(self, tile: Tile) -> int:
+        return 32 * (tile.warps_row + 1)
+
+    def shared_bytes(self, tile: Tile, m: int, depth: int) -> int:
+        if depth:
+            stages, subtiles = 4, 1 if tile.n_tiles >= 8 else 2
+        else:
+            stages, subtiles = 3 if tile.n_tiles == 4 else 4, max(1, min(4, 16 // tile.n_tiles))
+        slots = tile.warps_row * tile.stages
+        buffers = -(-(stages * subtiles * tile.n_tiles * 1024 + 8 * (2 * stages + slots)) // 128) * 128
+        buffers += _stream_bytes(tile, depth) if depth else slots * _SLOT_BYTES
+        return max(buffers, 8 * tile.n_tiles * (tile.block_rows + 4) * 4)
+
+
+def _stream_bytes(tile: Tile, depth: int) -> int:
+    """The expansion table and the slots of every warp: a pair that keeps nothing reads one word before or behind a stream."""
+    return 256 * 8 * tile.table_copies + tile.stages * tile.warps_row * tile.warps_k * (depth + 2) * 128 + 128
 
 
 class _Params(ctypes.Structure):
     """``Params`` of decode_common.cuh."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weight", "masks", "offsets", "x", "bias", "residual", "y")),
+        *((name, ctypes.c_void_p) for name in ("weight", "masks", "offsets", "counts", "x", "bias", "residual", "y")),
         *((name, ctypes.c_int) for name in ("m", "rows", "cols", "ldx", "units", "relu", "x_vector", "depth")),
     )
 
@@ -104,7 +151,7 @@ def gpu(index: int) -> Gpu:
 
 
 def fit(source: Source, tile: Tile, m: int, depth: int, here: Gpu) -> Tile:
-    """``tile`` with as many warps along the columns as its shared memory allows, and without splits where there are no clusters.
+    """``tile`` with as many warps as its shared memory allows, and without splits where there are no clusters.
 
     Raises:
         KernelUnavailableError: not even one is allowed.
@@ -113,16 +160,28 @@ def fit(source: Source, tile: Tile, m: int, depth: int, here: Gpu) -> Tile:
         tile = replace(tile, splits=1)
     while (needed := source.shared_bytes(tile, m, depth)) > here.shared_limit:
         least = 1 if depth else tile.parts
-        if tile.warps_k <= least:
+        if isinstance(source, WarpgroupSource) and tile.warps_row > 4:
+            tile = replace(tile, warps_row=tile.warps_row - 4)
+        elif tile.warps_k > least:
+            tile = replace(tile, warps_k=max(tile.warps_k // 2 // least * least, least))
+        else:
             raise KernelUnavailableError(f"{m} rows need {needed} bytes of shared memory a block, and this GPU has {here.shared_limit}")
-        tile = replace(tile, warps_k=max(tile.warps_k // 2 // least * least, least))
     return tile
+
+
+def macros_of(source: Source, tile: Tile, element: torch.dtype) -> tuple[tuple[str, int], ...]:
+    """What the source is compiled with."""
+    return tuple(sorted({**dict(source.macros), **tile.macros(), "ELEM_BF16": int(element is torch.bfloat16)}.items()))
+
+
+def arrange_macros(source: WarpgroupSource, tile: Tile) -> tuple[tuple[str, int], ...]:
+    """What arrange.cu is compiled with for a kernel; it moves 16-bit elements of either type."""
+    return (("ELEM_BF16", 1), ("EXPANDED", int(source.expanded)), ("N_TILES", tile.n_tiles))
 
 
 @cache
 def _function(source: Source, arch: str, element: torch.dtype, tile: Tile) -> cuda.CudaFunction:
-    every = {**dict(source.macros), **tile.macros(), "ELEM_BF16": int(element is torch.bfloat16)}
-    return cuda.load(source.file, source.function, arch, tuple(sorted(every.items())))
+    return cuda.load(source.file, source.function, arch, macros_of(source, tile, element))
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, rows: int, columns: int) -> None:
@@ -139,8 +198,34 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
         raise InputError(f"x lies on {x.device} and the weight, bias or residual elsewhere; move them to one device")
 
 
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """The further tensors of an unstructured weight, see csrc/cuda/paired.cuh; ``depth`` is the most words of a lane's stream."""
+
+    masks: Tensor
+    offsets: Tensor
+    counts: Tensor
+    depth: int
+
+    @property
+    def parts(self) -> int:
+        """Units are 256 / parts columns."""
+        return 16 // self.masks.shape[-1]
+
+
+def _arrange(source: WarpgroupSource, tile: Tile, params: _Params, x: Tensor, subtiles: int, here: Gpu, device: int) -> Tensor:
+    """The image of the activations that ``params`` describes, ``subtiles`` of 64 columns, as csrc/cuda/arrange.cu lays it out."""
+    image = x.new_empty(subtiles, 8 * tile.n_tiles, 64)
+    arranged = _Params.from_buffer_copy(params)
+    arranged.y, arranged.units = image.data_ptr(), subtiles
+    function = cuda.load("arrange.cu", "arrange", here.arch, arrange_macros(source, tile))
+    blocks = -(-subtiles * 8 * params.m // _ARRANGE_THREADS)
+    cuda.launch(function, (blocks, 1), _ARRANGE_THREADS, 0, arranged, device, overlap=True)
+    return image
+
+
 def run_decode(
-    choose: Callable[[int, int, int, Gpu], tuple[Source, Tile]],
+    choose: Callable[[torch.dtype, int, int, int, Gpu], tuple[Source, Tile]],
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -148,12 +233,12 @@ def run_decode(
     rows: int,
     columns: int,
     relu: bool,
-    streams: tuple[Tensor, Tensor, int] | None = None,
+    streams: Streams | None = None,
 ) -> Tensor:
     """x (..., columns) by the weight (rows, columns) behind ``weight``, plus bias, ReLU and residual; see decode_common.cuh.
 
-    ``choose(rows, columns, m, gpu)`` gives the kernel and tile for m activation rows, of which the kernel may take fewer.
-    ``streams`` is (masks, offsets, depth) of an unstructured weight.
+    ``choose(dtype, rows, columns, m, gpu)`` gives the kernel and tile for m activation rows, of which the kernel may take fewer.
+    ``streams`` belongs to an unstructured weight.
 
     Raises:
         InputError: shapes, types or devices do not fit.
@@ -176,21 +261,20 @@ def run_decode(
     stride, itemsize = flat.stride(0), x.element_size()
     pointer, out = flat.data_ptr(), y.data_ptr()
     vector = int(pointer % 16 == 0 and columns % 8 == 0 and (m == 1 or stride % 8 == 0))
-    masks_pointer = offsets_pointer = None
-    depth, split = 0, 1
+    pointers: tuple[int | None, int | None, int | None] = (None, None, None)
+    depth, parts = 0, 1
     if streams is not None:
-        masks, offsets, depth = streams
-        masks_pointer, offsets_pointer = masks.data_ptr(), offsets.data_ptr()
-        split = 16 // masks.shape[-1]
+        pointers = (streams.masks.data_ptr(), streams.offsets.data_ptr(), streams.counts.data_ptr())
+        depth, parts = streams.depth, streams.parts
+    units = -(-columns * parts // UNIT)
     first = 0
     while first < m:
-        source, tile = choose(rows, columns, m - first, here)
+        source, tile = choose(x.dtype, rows, columns, m - first, here)
         count = min(source.max_rows, m - first)
         tile = fit(source, tile, count, depth, here)
         params = _Params(
             weight.data_ptr(),
-            masks_pointer,
-            offsets_pointer,
+            *pointers,
             pointer + first * stride * itemsize,
             bias.data_ptr() if bias is not None else None,
             residual.data_ptr() + first * rows * itemsize if residual is not None else None,
@@ -199,15 +283,18 @@ def run_decode(
             rows,
             columns,
             stride,
-            -(-columns * split // UNIT),
+            units,
             int(relu),
             vector,
             depth,
         )
+        if isinstance(source, WarpgroupSource):
+            image = _arrange(source, tile, params, x, units * (4 // parts), here, device)
+            params.x = image.data_ptr()
         function = _function(source, here.arch, x.dtype, tile)
         grid = (-(-rows // tile.block_rows), tile.splits)
         shared = source.shared_bytes(tile, count, depth)
-        cuda.launch(function, grid, tile.threads, shared, params, device, cluster_y=tile.splits, overlap=here.hopper)
+        cuda.launch(function, grid, source.threads(tile), shared, params, device, cluster=(1, tile.splits), overlap=here.hopper)
         first += count
     return y
 

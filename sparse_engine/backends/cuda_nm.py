@@ -1,12 +1,13 @@
 """2:4 and 4:8 weights on NVIDIA GPUs, few activation rows: weights in fragment order, streamed once through tensor cores.
 
-The kernels are csrc/cuda/decode_nm.cu and, for 2:4 and more rows on Hopper, decode_wgmma_24.cu. 2:4 uses sparse tensor-core
+The kernels are csrc/cuda/decode_nm.cu and, for more rows on Hopper, decode_wgmma.cu. 2:4 uses sparse tensor-core
 instructions (Mishra et al. 2021, "Accelerating Sparse Deep Neural Networks", section 4), 4:8 expands
 in registers from its mask into dense ones. More rows than a kernel takes run as slabs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache, partial
 from typing import ClassVar
 
@@ -16,11 +17,11 @@ from torch import Tensor
 
 from sparse_engine import cuda
 from sparse_engine.backends.cuda_decode import UNIT, fragment_linear_fake, run_decode
-from sparse_engine.backends.cuda_tiles import choose, cost_us
+from sparse_engine.backends.cuda_tiles import choose, compilations, configs, current_gpu, estimate_us, parse
 from sparse_engine.formats.base import PackedWeight
 from sparse_engine.ops import define_linear
 from sparse_engine.pattern import SparsityPattern
-from sparse_engine.registry import Kernel, Layout, Problem, register
+from sparse_engine.registry import Config, Kernel, Layout, Problem, register
 
 _CHUNK = 9 * 32 * 16
 """Bytes of one row tile of 16 by one unit of 256 columns: 9 times 16 bytes for each of 32 lanes."""
@@ -95,7 +96,8 @@ def from_fragments(layout: Tensor, shape: tuple[int, int], group: int, dtype: to
     return value_bytes.view(dtype), bitmask
 
 
-_CHOOSERS = {4: partial(choose, "2:4"), 8: partial(choose, "4:8")}
+_NAME = "cuda_nm"
+_CHOOSERS = {4: partial(choose, _NAME, "2:4"), 8: partial(choose, _NAME, "4:8")}
 
 
 def _linear(
@@ -114,7 +116,7 @@ _op = define_linear(
 
 
 class CudaNMKernel(Kernel):
-    name = "cuda_nm"
+    name = _NAME
     formats: ClassVar[frozenset[str]] = frozenset({"nm"})
     devices: ClassVar[frozenset[str]] = frozenset({"cuda"})
     dtypes: ClassVar[frozenset[torch.dtype]] = frozenset({torch.bfloat16, torch.float16})
@@ -128,8 +130,21 @@ class CudaNMKernel(Kernel):
         return cuda.why_unavailable()
 
     def cost(self, problem: Problem) -> float:
+        return estimate_us(problem, self._nbytes(problem))
+
+    @staticmethod
+    def _nbytes(problem: Problem) -> int:
         tiles, units = _extent((problem.out_features, problem.in_features))
-        return cost_us(str(problem.pattern), problem, _CHUNK * tiles * units)
+        return _CHUNK * tiles * units
+
+    def layout_nbytes(self, problem: Problem, packed: PackedWeight) -> int:
+        return self._nbytes(problem)
+
+    def configs(self, problem: Problem) -> Sequence[Config]:
+        return configs(str(problem.pattern), problem, current_gpu())
+
+    def compilations(self, problem: Problem, config: Config) -> Sequence[tuple[str, str, tuple[tuple[str, int], ...]]]:
+        return compilations(str(problem.pattern), problem, config, current_gpu())
 
     def prepare(self, packed: PackedWeight) -> Layout:
         values, bitmask = packed.tensors["values"], packed.tensors["bitmask"]
@@ -145,6 +160,12 @@ class CudaNMKernel(Kernel):
     def run(self, x: Tensor, layout: Layout, bias: Tensor | None, pattern: SparsityPattern) -> Tensor:
         rows, columns, _ = layout["extent"].shape
         return _op(x, layout["weight"], bias, None, rows, columns, pattern.group[1], False)
+
+    def run_config(self, x: Tensor, layout: Layout, bias: Tensor | None, pattern: SparsityPattern, config: Config) -> Tensor:
+        if (chosen := parse(str(pattern), config)) is None:
+            return self.run(x, layout, bias, pattern)
+        rows, columns, _ = layout["extent"].shape
+        return run_decode(lambda *_: chosen, x, layout["weight"], bias, None, rows, columns, False)
 
 
 register(CudaNMKernel())

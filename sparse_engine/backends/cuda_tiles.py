@@ -1,40 +1,53 @@
-"""Which tile a CUDA decode kernel uses: measured ones from a table per GPU, else a rule; and the candidates that tuning measures.
+"""Which source and tile a CUDA decode kernel runs with: the tuned one where this GPU's table has the shape, else a rule.
 
-Tables are JSON: ``{"gpu": ..., "tiles": {pattern: {"RxC": {"M": [file, tile fields ..., µs]}}}}`` with M the most activation rows
-that an entry is for. One for the H200 is installed beside this file; one in the cache folder of :mod:`sparse_engine.cuda` (written by
-``bench/tune_decode_gpu.py``) goes before it.
+A configuration, as tuning tables hold it, is the source's file and the tile's fields.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from dataclasses import astuple
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from sparse_engine import cuda
-from sparse_engine.backends.cuda_decode import MAX_ROWS, UNIT, Gpu, Source, Tile, fit, gpu
+from sparse_engine import tuning
+from sparse_engine.backends.cuda_decode import (
+    MAX_ROWS,
+    UNIT,
+    Gpu,
+    Source,
+    Tile,
+    WarpgroupSource,
+    arrange_macros,
+    fit,
+    gpu,
+    macros_of,
+)
 from sparse_engine.errors import KernelUnavailableError
-from sparse_engine.registry import Problem
+from sparse_engine.registry import Config, Problem
 
-__all__ = ["BUCKETS", "candidates", "choose", "cost_us", "entry_of", "sources", "table_path", "unstructured_parts"]
-
-BUCKETS = (1, 4, 8, 16, 32, 64, 128)
-"""Activation rows that are tuned; other numbers use the next larger one."""
+__all__ = ["choose", "compilations", "configs", "estimate_us", "parse", "sources", "unstructured_parts"]
 
 MMA_24 = Source("decode_nm.cu", "decode_nm", (("PATTERN", 24),), x_pad=16)
 MMA_48 = Source("decode_nm.cu", "decode_nm", (("PATTERN", 48),), x_pad=64)
-WGMMA_24 = Source("decode_wgmma_24.cu", "decode_wgmma_24", max_rows=128)
-UNSTRUCTURED = Source("decode_unstructured.cu", "decode_unstructured", x_pad=64)
-_SOURCES = {"2:4": (MMA_24, WGMMA_24), "4:8": (MMA_48,), "unstructured": (UNSTRUCTURED,)}
+MMA_UNSTRUCTURED = Source("decode_unstructured.cu", "decode_unstructured", x_pad=64)
+WGMMA_24 = WarpgroupSource("decode_wgmma.cu", "decode_wgmma", (("PATTERN", 24),))
+WGMMA_48 = WarpgroupSource("decode_wgmma.cu", "decode_wgmma", (("PATTERN", 48),), expanded=True)
+WGMMA_UNSTRUCTURED = WarpgroupSource("decode_wgmma.cu", "decode_wgmma", (("PATTERN", 0),), expanded=True)
+_SOURCES: dict[str, tuple[Source, ...]] = {
+    "2:4": (MMA_24, WGMMA_24),
+    "4:8": (MMA_48, WGMMA_48),
+    "unstructured": (MMA_UNSTRUCTURED, WGMMA_UNSTRUCTURED),
+}
+
+TYPICAL_DEPTH = 47
+"""Words of the longest of 32 streams of a unit at half density, for choosing tiles before a weight is seen."""
 
 
-def sources(pattern: str, gpu: Gpu) -> list[Source]:
+def sources(pattern: str, here: Gpu) -> list[Source]:
     """The kernels for "2:4", "4:8" or "unstructured" that this GPU can run."""
-    return [source for source in _SOURCES[pattern] if source is not WGMMA_24 or gpu.arch == "sm_90a"]
+    return [source for source in _SOURCES[pattern] if here.arch == "sm_90a" or not isinstance(source, WarpgroupSource)]
 
 
 def unstructured_parts(columns: int) -> int:
@@ -42,39 +55,20 @@ def unstructured_parts(columns: int) -> int:
     return 1 if columns > 1024 else 2
 
 
-def _tile(source: Source, n_tiles: int, shape: tuple[int, int, int, int, int]) -> Tile:
-    """A tile of (row_tiles, warps_row, warps_k, parts, splits) with as many blocks as the registers it needs allow; 0 if it must spill."""
-    row_tiles, warps_row, warps_k, parts, splits = shape
-    held = row_tiles * n_tiles
-    if source is WGMMA_24:
-        return Tile(n_tiles, 1, warps_row, 1, 1, splits, 3 if n_tiles == 16 else 4, 2 if n_tiles == 4 and warps_row <= 8 else 1)
-    if source is UNSTRUCTURED:
-        registers = {1: 128, 2: 80, 4: 64}[parts] if n_tiles <= 2 else 128 if n_tiles <= 4 else 168
-    elif held == 1:
-        registers = {1: 80, 2: 64, 4: 56}[parts]
-    else:
-        registers = 104 if held == 2 else 128 if held <= 4 else 168 if held <= 8 else 255
-    blocks = 65536 // (32 * registers) // (warps_row * warps_k)
-    return Tile(n_tiles, row_tiles, warps_row, warps_k, parts, splits, 2, blocks)
-
-
-# (row_tiles, warps_row, warps_k, parts, splits), at most a dozen each.
+# (row_tiles, warps_row, warps_k, parts, splits), at most a dozen each; wgmma: (warps_row, slots, blocks on a multiprocessor).
 _FEW_ROWS = {
     "2:4": [
-        (1, 1, 3, 1, 1),
-        (1, 1, 4, 1, 1),
-        (1, 1, 6, 2, 1),
-        (1, 1, 8, 1, 1),
-        (1, 1, 8, 2, 1),
-        (1, 1, 12, 1, 1),
-        (1, 1, 16, 2, 1),
+        *((1, 1, 3, 1, 1), (1, 1, 4, 1, 1), (1, 1, 6, 2, 1), (1, 1, 8, 1, 1), (1, 1, 8, 2, 1), (1, 1, 12, 1, 1), (1, 1, 16, 2, 1)),
         (1, 2, 4, 1, 1),
     ],
     "4:8": [
         *((1, 1, 3, 1, 1), (1, 1, 4, 1, 1), (1, 1, 4, 1, 2), (1, 1, 6, 2, 1), (1, 1, 8, 1, 1), (1, 1, 8, 2, 1), (1, 1, 12, 2, 1)),
         *((1, 1, 12, 4, 1), (1, 1, 16, 2, 1), (1, 1, 16, 2, 2), (1, 2, 4, 1, 1)),
     ],
-    "unstructured": [(1, 1, 3, 1, 1), (1, 1, 4, 1, 1), (1, 1, 6, 1, 1), (1, 1, 8, 1, 1), (1, 1, 8, 1, 2), (1, 2, 4, 1, 1), (1, 2, 6, 1, 1)],
+    "unstructured": [
+        *((1, 1, 3, 1, 1), (1, 1, 6, 1, 1), (1, 1, 8, 1, 1), (1, 1, 8, 1, 2), (1, 1, 12, 1, 1), (1, 1, 16, 1, 1), (1, 2, 4, 1, 1)),
+        *((1, 2, 8, 1, 1), (1, 4, 4, 1, 1)),
+    ],
 }
 _MORE_ROWS = {
     "2:4": [
@@ -83,130 +77,156 @@ _MORE_ROWS = {
     ],
     "4:8": [
         *((1, 1, 16, 2, 1), (1, 1, 8, 2, 1), (1, 2, 4, 1, 1), (1, 4, 4, 2, 1), (1, 4, 4, 1, 1), (1, 4, 4, 1, 2), (2, 4, 2, 1, 1)),
-        *((1, 4, 4, 1, 4), (2, 4, 2, 1, 2), (2, 4, 2, 1, 4), (1, 1, 12, 4, 1), (1, 2, 6, 2, 1)),
+        *((1, 4, 4, 1, 4), (2, 4, 2, 1, 2), (1, 1, 12, 4, 1), (1, 2, 6, 2, 1)),
     ],
     "unstructured": [
-        *((1, 1, 8, 1, 1), (1, 2, 4, 1, 1), (1, 2, 6, 1, 1), (1, 2, 4, 1, 2), (1, 4, 2, 1, 1), (1, 4, 2, 1, 4), (1, 4, 4, 1, 1)),
-        *((1, 4, 4, 1, 4), (1, 8, 2, 1, 1)),
+        *((1, 1, 6, 1, 1), (1, 1, 8, 1, 1), (1, 1, 16, 1, 1), (1, 2, 4, 1, 1), (1, 2, 6, 1, 1), (1, 2, 8, 1, 1), (1, 4, 4, 1, 1)),
+        (1, 4, 4, 1, 2),
     ],
 }
-_WARPGROUPS = [(1, rows, 1, 1, splits) for rows in (8, 12) for splits in (1, 2, 4, 8)]
+_WARPGROUPS = ((4, 4, 2), (8, 2, 1), (12, 2, 1), (16, 2, 1))
+_SPLITS = (1, 2, 4, 8)
 
 
-def candidates(pattern: str, rows: int, columns: int, m: int, gpu: Gpu) -> list[tuple[Source, Tile]]:
-    """What tuning measures for ``m`` activation rows; kernels that take fewer rows at a time are measured with all their slabs."""
-    found: dict[tuple[Source, Tile], None] = {}
-    for source in sources(pattern, gpu):
-        count = min(m, source.max_rows)
-        if source is WGMMA_24:
-            if m <= 8:
+def _tile(source: Source, n_tiles: int, shape: tuple[int, int, int, int, int]) -> Tile:
+    """A tile of (row_tiles, warps_row, warps_k, parts, splits) with as many blocks as the registers it needs allow; 0 if it must spill."""
+    row_tiles, warps_row, warps_k, parts, splits = shape
+    held = row_tiles * n_tiles
+    copies = 16
+    if source is MMA_UNSTRUCTURED:
+        registers = 112 if n_tiles <= 2 else 128 if n_tiles <= 4 else 168
+        # A small block would spend longer on filling the table than it saves by reading it without conflicts.
+        copies = 16 if warps_row * warps_k >= 12 else 8 if warps_row * warps_k >= 8 else 4
+    elif held == 1:
+        registers = {1: 80, 2: 64, 4: 56}[parts]
+    else:
+        registers = 104 if held == 2 else 128 if held <= 4 else 168 if held <= 8 else 255
+    blocks = 65536 // (32 * registers) // (warps_row * warps_k)
+    return Tile(n_tiles, row_tiles, warps_row, warps_k, parts, splits, 2, blocks, copies)
+
+
+def _warpgroup_tiles(source: WarpgroupSource, columns: int, m: int) -> Iterator[Tile]:
+    n_tiles = _warpgroup_columns(m)
+    parts = unstructured_parts(columns) if source is WGMMA_UNSTRUCTURED else 1
+    for warps_row, slots, blocks in _WARPGROUPS:
+        # 128 activation rows leave registers for three warpgroups.
+        if warps_row * n_tiles > 12 * 16:
+            continue
+        for splits in _SPLITS:
+            if splits * UNIT // parts > columns and splits > 1:
                 continue
-            shapes, n_tiles = _WARPGROUPS, 4 if m <= 32 else 8 if m <= 64 else 16
-        else:
-            shapes, n_tiles = _FEW_ROWS[pattern] if m <= 4 else _MORE_ROWS[pattern], -(-count // 8)
+            if source is WGMMA_UNSTRUCTURED:
+                yield Tile(n_tiles, 1, warps_row, 1, parts, splits, 2, 1, 8 if warps_row == 4 else 16)
+            else:
+                yield Tile(n_tiles, 1, warps_row, 1, 1, splits, slots, blocks)
+
+
+def _warpgroup_columns(m: int) -> int:
+    """N-tiles of the narrowest wgmma form that holds m activation rows."""
+    return next(n for n in (1, 2, 4, 8, 16) if m <= 8 * n)
+
+
+def _tiles(pattern: str, columns: int, m: int, here: Gpu) -> Iterator[tuple[Source, Tile]]:
+    for source in sources(pattern, here):
+        if isinstance(source, WarpgroupSource):
+            # Up to four rows the copy of x that it needs costs more than it brings.
+            if m > 4:
+                yield from ((source, tile) for tile in _warpgroup_tiles(source, columns, m))
+            continue
+        shapes = _FEW_ROWS[pattern] if m <= 4 else _MORE_ROWS[pattern]
         for row_tiles, warps_row, warps_k, parts, splits in shapes:
-            if source is UNSTRUCTURED:
+            if source is MMA_UNSTRUCTURED:
                 parts = unstructured_parts(columns)
-            unit = UNIT // parts if source is UNSTRUCTURED else UNIT
-            across = warps_k if source is UNSTRUCTURED else warps_k // parts
+            unit, across = (UNIT // parts, warps_k) if source is MMA_UNSTRUCTURED else (UNIT, warps_k // parts)
+            # More warps than units along the columns would idle.
             if across * splits > max(-(-columns // unit), across if across <= 3 else 1):
                 continue
-            tile = _tile(source, n_tiles, (row_tiles, warps_row, warps_k, parts, splits))
-            if tile.min_blocks == 0:
-                continue
-            try:
-                found[source, fit(source, tile, count, 48 // parts if source is UNSTRUCTURED else 0, gpu)] = None
-            except KernelUnavailableError:
-                continue
+            tile = _tile(source, -(-min(m, source.max_rows) // 8), (row_tiles, warps_row, warps_k, parts, splits))
+            if tile.min_blocks > 0:
+                yield source, tile
+
+
+def configs(pattern: str, problem: Problem, here: Gpu) -> list[Config]:
+    """What tuning measures for ``problem``, as many rows at a time as the source takes."""
+    found: dict[Config, None] = {}
+    for source, tile in _tiles(pattern, problem.in_features, min(problem.rows, 128), here):
+        depth = TYPICAL_DEPTH // tile.parts if source in _SOURCES["unstructured"] else 0
+        try:
+            fitted = fit(source, tile, min(problem.rows, source.max_rows), depth, here)
+        except KernelUnavailableError:
+            continue
+        found[(source.file, *astuple(fitted))] = None
     return list(found)
 
 
-def _rule(pattern: str, rows: int, columns: int, m: int, gpu: Gpu) -> tuple[Source, Tile]:
-    """A tile for a shape that no table has.
+def parse(pattern: str, config: Config) -> tuple[Source, Tile] | None:
+    """Source and tile of a configuration, or None where a table of another version holds something else."""
+    file, *fields = config or ("",)
+    for source in _SOURCES[pattern]:
+        if source.file == file and len(fields) == len(Tile.__dataclass_fields__) and all(isinstance(f, int) for f in fields):
+            return source, Tile(*fields)  # type: ignore[arg-type]
+    return None
+
+
+def compilations(pattern: str, problem: Problem, config: Config, here: Gpu) -> tuple[tuple[str, str, tuple[tuple[str, int], ...]], ...]:
+    """What NVRTC has to compile for a configuration."""
+    if (chosen := parse(pattern, config)) is None:
+        return ()
+    source, tile = chosen
+    own = (source.file, here.arch, macros_of(source, tile, problem.dtype))
+    return (own, ("arrange.cu", here.arch, arrange_macros(source, tile))) if isinstance(source, WarpgroupSource) else (own,)
+
+
+def _rule(pattern: str, rows: int, columns: int, m: int, here: Gpu) -> tuple[Source, Tile]:
+    """Source and tile for a shape that no table has.
 
     Few row tiles leave multiprocessors idle, so more warps share the columns of each; from 9 activation rows on, x is a
     sizable part of the traffic, so more row tiles share a block.
     """
-    source = sources(pattern, gpu)[-1 if m > 16 else 0]
+    source = sources(pattern, here)[-1 if m > 16 else 0]
     count = min(m, source.max_rows)
-    n_tiles, tiles = -(-count // 8), -(-rows // 16)
-    parts = unstructured_parts(columns) if source is UNSTRUCTURED else 1
-    units = -(-columns // (UNIT // parts if source is UNSTRUCTURED else UNIT))
-    crowded = tiles > 2.5 * gpu.processors
+    tiles = -(-rows // 16)
+    parts = unstructured_parts(columns) if pattern == "unstructured" else 1
+    units = -(-columns * parts // UNIT)
+    if isinstance(source, WarpgroupSource):
+        # As many blocks as multiprocessors, by splitting the columns.
+        found = list(_warpgroup_tiles(source, columns, count))
+        return source, min(found, key=lambda t: (abs(-(-tiles // t.warps_row) * t.splits - here.processors), t.splits))
+    n_tiles = -(-count // 8)
+    crowded = tiles > 2.5 * here.processors
     splits = 1
-    if source is WGMMA_24:
-        n_tiles = 4 if m <= 32 else 8 if m <= 64 else 16
-        blocks, room = -(-rows // 128), gpu.processors * (2 if n_tiles == 4 else 1)
-        while splits < 8 and blocks * splits * 2 <= 1.1 * room and units >= 4 * splits:
-            splits *= 2
-        return source, _tile(source, n_tiles, (1, 8, 1, 1, splits))
     if m <= 8:
         warps = 4 if crowded and pattern != "2:4" else 8 if crowded or units < 12 else 12
-        if source is not UNSTRUCTURED and not crowded and units >= 8:
+        if pattern != "unstructured" and not crowded and units >= 8:
             return source, _tile(source, n_tiles, (1, 1, 16, 2, 1))
         return source, _tile(source, n_tiles, (1, 1, min(warps, units), parts, 1))
-    if n_tiles <= 2 or source is UNSTRUCTURED:
-        warps_row = 1 if tiles <= 0.75 * gpu.processors else 2 if units <= 12 else 4
+    if n_tiles <= 2 or pattern == "unstructured":
+        warps_row = 1 if tiles <= 0.75 * here.processors else 2 if units <= 12 else 4
         splits = 2 if warps_row == 4 and not crowded else 1
         return source, _tile(source, n_tiles, (1, warps_row, min(8 if warps_row == 1 else 4, units), parts, splits))
-    while splits < 8 and tiles / 8 * splits < 0.9 * gpu.processors and units >= 4 * splits:
+    while splits < 8 and tiles / 8 * splits < 0.9 * here.processors and units >= 4 * splits:
         splits *= 2
     return source, _tile(source, n_tiles, (2, 4, 2, 1, splits))
 
 
-def table_path(gpu: Gpu) -> Path:
-    """The user's own table for ``gpu``."""
-    return cuda.cache_folder() / f"tiles-{_slug(gpu)}.json"
-
-
-def _slug(gpu: Gpu) -> str:
-    return gpu.name.lower().replace(" ", "-")
-
-
 @cache
-def _table(gpu: Gpu) -> dict[str, Any]:
-    for path in (table_path(gpu), Path(__file__).with_name(f"cuda_tiles_{_slug(gpu)}.json")):
-        if path.is_file():
-            tiles: dict[str, Any] = json.loads(path.read_text())["tiles"]
-            return tiles
-    return {}
+def choose(kernel: str, pattern: str, dtype: torch.dtype, rows: int, columns: int, m: int, here: Gpu) -> tuple[Source, Tile]:
+    """Source and tile for m activation rows of a (rows, columns) weight with ``pattern`` "2:4", "4:8" or "unstructured"."""
+    measured = tuning.lookup(here.name, pattern, dtype, (rows, columns), min(m, 128)).get(kernel)
+    if measured is not None and (chosen := parse(pattern, measured.config)) is not None:
+        source, tile = chosen
+        if source in sources(pattern, here) and min(m, source.max_rows) <= 8 * tile.n_tiles:
+            return source, tile
+    return _rule(pattern, rows, columns, m if here.arch == "sm_90a" else min(m, MAX_ROWS), here)
 
 
-def _entry(pattern: str, rows: int, columns: int, m: int, gpu: Gpu) -> list[Any] | None:
-    entries = _table(gpu).get(pattern, {}).get(f"{rows}x{columns}", {})
-    for bucket in BUCKETS:
-        if m <= bucket and str(bucket) in entries:
-            found: list[Any] = entries[str(bucket)]
-            return found
-    return None
+def estimate_us(problem: Problem, nbytes: float) -> float:
+    """Estimated time of ``problem`` where none was measured: a launch and reading ``nbytes`` for each slab of rows.
 
-
-def entry_of(source: Source, tile: Tile, us: float) -> list[Any]:
-    """A table's entry for a measured choice."""
-    return [source.file, *astuple(tile), round(us, 2)]
-
-
-@cache
-def choose(pattern: str, rows: int, columns: int, m: int, gpu: Gpu) -> tuple[Source, Tile]:
-    """Kernel and tile for m activation rows of a (rows, columns) weight with ``pattern`` "2:4", "4:8" or "unstructured"."""
-    if entry := _entry(pattern, rows, columns, min(m, BUCKETS[-1]), gpu):
-        file, *fields, _ = entry
-        for source in sources(pattern, gpu):
-            tile = Tile(*fields)
-            if source.file == file and min(m, source.max_rows) <= 8 * tile.n_tiles:
-                # A smaller number of rows than the entry's needs fewer accumulators.
-                n_tiles = tile.n_tiles if source is WGMMA_24 else -(-min(m, source.max_rows) // 8)
-                return source, Tile(n_tiles, *fields[1:])
-    return _rule(pattern, rows, columns, min(m, MAX_ROWS) if gpu.arch != "sm_90a" else m, gpu)
-
-
-def cost_us(pattern: str, problem: Problem, nbytes: float) -> float:
-    """Estimated time of ``problem``: measured where this GPU's table has the shape, else a launch and reading ``nbytes`` a slab of rows."""
-    shape, last = (problem.out_features, problem.in_features), BUCKETS[-1]
-    slabs = -(-problem.rows // last)
-    if torch.cuda.is_available():
-        entry = _entry(pattern, *shape, min(problem.rows, last), gpu(torch.cuda.current_device()))
-        if entry:
-            return slabs * float(entry[-1])
-    # The H200's reading speed, which kernels on mma.sync reach for few rows; every 64 rows read the weights again.
+    The speed is an H200's, which the kernels on mma.sync reach for few rows; every further 64 rows read the weights again.
+    """
     return -(-problem.rows // MAX_ROWS) * (2.0 + nbytes / 4.0e6)
+
+
+def current_gpu() -> Gpu:
+    return gpu(torch.cuda.current_device())

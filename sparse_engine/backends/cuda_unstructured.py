@@ -1,12 +1,13 @@
 """Unstructured weights on NVIDIA GPUs, few activation rows: every lane of a warp expands its own stream of values from its mask.
 
-The kernel is csrc/cuda/decode_unstructured.cu, which describes the layout. More than 64 rows run as slabs of 64.
+The kernels are csrc/cuda/decode_unstructured.cu and, for more rows on Hopper, decode_wgmma.cu; paired.cuh describes the layout.
+More rows than a kernel takes run as slabs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
+from functools import cache, partial
 from typing import ClassVar
 
 import torch
@@ -14,18 +15,47 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_engine import cuda
-from sparse_engine.backends.cuda_decode import UNIT, run_decode
-from sparse_engine.backends.cuda_tiles import choose, cost_us, unstructured_parts
+from sparse_engine.backends.cuda_decode import UNIT, Streams, run_decode
+from sparse_engine.backends.cuda_tiles import choose, compilations, configs, current_gpu, estimate_us, parse, unstructured_parts
 from sparse_engine.formats.base import PackedWeight, unpack_bits
 from sparse_engine.ops import define_linear
 from sparse_engine.pattern import SparsityPattern
-from sparse_engine.registry import Kernel, Layout, Problem, register
+from sparse_engine.registry import Config, Kernel, Layout, Problem, register
 
 _TILES_AT_ONCE = 64
 """Row tiles laid out in one go, which bounds the temporary memory of `prepare`."""
 
 
-def _streams(bitmask: Tensor, tiles: int, units: int, steps: int) -> Tensor:
+def octet_places(byte: int) -> list[int]:
+    """Half-word places, within an octet's words, of the columns that ``byte`` keeps; -1 for the others. See paired.cuh."""
+    codes = [byte >> 2 * pair & 3 for pair in range(4)]
+    kept, singles = byte.bit_count(), sum(code in (1, 2) for code in codes)
+    places = [-1] * 8
+    following, open_word, seen = 0, -1, 0
+    for pair, code in enumerate(codes):
+        if code == 3:
+            places[2 * pair], places[2 * pair + 1] = 2 * following, 2 * following + 1
+            following += 1
+        elif code:
+            seen += 1
+            if open_word >= 0:
+                place, open_word = 2 * open_word + 1, -1
+            elif seen == singles:
+                place = 2 * ((kept - 1) // 2)
+            else:
+                place, open_word = 2 * following, following
+                following += 1
+            places[2 * pair + code - 1] = place
+    return places
+
+
+@cache
+def _place_table(device: torch.device) -> Tensor:
+    """:func:`octet_places` of every byte, int16 (256, 8)."""
+    return torch.tensor([octet_places(byte) for byte in range(256)], dtype=torch.int16, device=device)
+
+
+def _lane_masks(bitmask: Tensor, tiles: int, units: int, steps: int) -> Tensor:
     """Mask bytes (rows, ceil(columns / 8)), padded to whole tiles and units, as (tiles, units, 32 lanes, 2 · steps): byte 2s + half."""
     padded = F.pad(bitmask, (0, units * steps * 4 - bitmask.shape[1], 0, tiles * 16 - bitmask.shape[0]))
     # tile, half, g | unit, step, t  ->  tile, unit, lane (g, t), step, half
@@ -39,18 +69,23 @@ def _places(masks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sizes of the units in 16 bytes; the words of each lane).
     """
     keep = unpack_bits(masks.reshape(-1, masks.shape[-1]), masks.shape[-1] * 8).view(*masks.shape[:3], -1)
-    index = keep.cumsum(-1, dtype=torch.int32) - 1
-    words = (index[..., -1] + 2) // 2
-    longest = torch.arange(max(int(words.max()), 1), device=masks.device)
-    having = words.unsqueeze(-2) > longest.unsqueeze(-1)
-    flat = having.flatten(-2)
-    # Words that lie before word j of lane l in its unit: (tiles, units, j, lane).
-    before = (flat.cumsum(-1, dtype=torch.int32) - flat.int()).view_as(having)
+    kept = keep.view(*masks.shape, 8).sum(-1, dtype=torch.int32)
+    # Of each step: words, and the word that it starts at in the lane's stream.
+    length = (kept[..., 0::2] + kept[..., 1::2] + 1) // 2
+    start = length.cumsum(-1, dtype=torch.int32) - length
+    place = _place_table(masks.device)[masks.long()].to(torch.int32).view(*masks.shape[:3], -1, 2, 8)
+    place[..., 0, :] += 2 * start.unsqueeze(-1)
+    place[..., 1, :] = (2 * (start + length) - 1).unsqueeze(-1) - place[..., 1, :]
+    place = place.view(keep.shape)
+    words = length.sum(-1, dtype=torch.int32)
+    full = words.amin(-1, keepdim=True)
+    further = words - full
+    tails = full * 32 + further.cumsum(-1, dtype=torch.int32) - further
     sizes = (words.sum(-1) + 3) // 4
     starts = (sizes.flatten().cumsum(0) - sizes.flatten()).view_as(sizes)
-    place = before.transpose(-1, -2).gather(-1, (index.clamp_min(0) // 2).long())
-    place = (starts[..., None, None] * 4 + place) * 2 + index % 2
-    return keep, place[keep], sizes, words
+    word, lane = place >> 1, torch.arange(32, device=masks.device).view(-1, 1)
+    within = torch.where(word < full.unsqueeze(-1), word * 32 + lane, tails.unsqueeze(-1) + word - full.unsqueeze(-1))
+    return keep, ((starts[..., None, None] * 4 + within) * 2 + (place & 1))[keep], sizes, words
 
 
 def _chunks(packed_shape: tuple[int, int], parts: int) -> tuple[int, int, Iterator[tuple[int, int]]]:
@@ -58,15 +93,15 @@ def _chunks(packed_shape: tuple[int, int], parts: int) -> tuple[int, int, Iterat
     return tiles, units, ((i, min(i + _TILES_AT_ONCE, tiles)) for i in range(0, tiles, _TILES_AT_ONCE))
 
 
-def to_streams(values: Tensor, bitmask: Tensor, shape: tuple[int, int], parts: int) -> tuple[Tensor, Tensor, Tensor, int]:
-    """The layout that decode_unstructured.cu describes: (values, masks, offsets int32, depth in words of the longest lane stream)."""
+def to_streams(values: Tensor, bitmask: Tensor, shape: tuple[int, int], parts: int) -> tuple[Tensor, Streams]:
+    """The layout that paired.cuh describes."""
     tiles, units, chunks = _chunks(shape, parts)
     steps = 8 // parts
-    masks = _streams(bitmask, tiles, units, steps)
+    masks = _lane_masks(bitmask, tiles, units, steps)
     counts = torch.zeros(tiles * 16, dtype=torch.int64, device=values.device)
     counts[: shape[0]] = unpack_bits(bitmask, shape[1]).sum(1)
     ends = counts.view(tiles, 16).sum(1).cumsum(0).tolist()
-    pieces, sizes, depth, first = [], [], 1, 0
+    pieces, sizes, lengths, first = [], [], [], 0
     for begin, end in chunks:
         keep, place, size, words = _places(masks[begin:end])
         part = values[first : ends[end - 1]]
@@ -81,33 +116,35 @@ def to_streams(values: Tensor, bitmask: Tensor, shape: tuple[int, int], parts: i
         piece[place] = stream[keep]
         pieces.append(piece)
         sizes.append(size.flatten())
-        depth = max(depth, int(words.max()))
+        lengths.append(words.to(torch.uint8))
     offsets = torch.zeros(tiles * units + 1, dtype=torch.int64, device=values.device)
     offsets[1:] = torch.cat(sizes).cumsum(0)
-    return torch.cat(pieces), masks, offsets.int(), depth
+    length = torch.cat(lengths)
+    return torch.cat(pieces), Streams(masks, offsets.int(), length, max(int(length.max()), 1))
 
 
-def from_streams(streams: Tensor, masks: Tensor, offsets: Tensor, shape: tuple[int, int], parts: int) -> tuple[Tensor, Tensor, Tensor]:
+def from_streams(words: Tensor, streams: Streams, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """Values, bitmask and row offsets that :func:`to_streams` was given, exactly."""
-    tiles, units, chunks = _chunks(shape, parts)
-    steps = 8 // parts
+    tiles, units, chunks = _chunks(shape, streams.parts)
+    masks, steps = streams.masks, 8 // streams.parts
     padded = masks.view(tiles, units, 8, 4, steps, 2).permute(0, 5, 2, 1, 4, 3).reshape(tiles * 16, units * steps * 4)
     bitmask = padded[: shape[0], : -(-shape[1] // 8)].contiguous()
     pieces = []
     for begin, end in chunks:
         keep, place, _, _ = _places(masks[begin:end])
-        start = int(offsets[begin * units]) * 8
-        stream = streams.new_zeros(keep.shape)
-        stream[keep] = streams[start + place]
+        start = int(streams.offsets[begin * units]) * 8
+        stream = words.new_zeros(keep.shape)
+        stream[keep] = words[start + place]
         dense = stream.view(end - begin, units, 8, 4, steps, 2, 8).permute(0, 5, 2, 1, 4, 3, 6).reshape((end - begin) * 16, -1)
         rows = min(end * 16, shape[0]) - begin * 16
         pieces.append(dense[:rows, : shape[1]][unpack_bits(bitmask[begin * 16 : begin * 16 + rows], shape[1])])
-    row_offsets = torch.zeros(shape[0] + 1, dtype=torch.int64, device=streams.device)
+    row_offsets = torch.zeros(shape[0] + 1, dtype=torch.int64, device=words.device)
     row_offsets[1:] = unpack_bits(bitmask, shape[1]).sum(1).cumsum(0)
     return torch.cat(pieces), bitmask, row_offsets
 
 
-_choose = partial(choose, "unstructured")
+_NAME = "cuda_unstructured"
+_choose = partial(choose, _NAME, "unstructured")
 
 
 def _linear(
@@ -115,6 +152,7 @@ def _linear(
     weight: Tensor,
     masks: Tensor,
     offsets: Tensor,
+    counts: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
     rows: int,
@@ -122,11 +160,19 @@ def _linear(
     depth: int,
     relu: bool,
 ) -> Tensor:
-    return run_decode(_choose, x, weight, bias, residual, rows, columns, relu, streams=(masks, offsets, depth))
+    return run_decode(_choose, x, weight, bias, residual, rows, columns, relu, Streams(masks, offsets, counts, depth))
 
 
 def _fake(
-    x: Tensor, weight: Tensor, masks: Tensor, offsets: Tensor, bias: Tensor | None, residual: Tensor | None, rows: int, *_: object
+    x: Tensor,
+    weight: Tensor,
+    masks: Tensor,
+    offsets: Tensor,
+    counts: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    rows: int,
+    *_: object,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], rows))
 
@@ -135,14 +181,14 @@ _op = define_linear(
     "cuda_unstructured_linear",
     _linear,
     ("CUDA",),
-    arguments="Tensor x, Tensor weight, Tensor masks, Tensor offsets, Tensor? bias, Tensor? residual, "
+    arguments="Tensor x, Tensor weight, Tensor masks, Tensor offsets, Tensor counts, Tensor? bias, Tensor? residual, "
     "int rows, int columns, int depth, bool relu",
     fake=_fake,
 )
 
 
 class CudaUnstructuredKernel(Kernel):
-    name = "cuda_unstructured"
+    name = _NAME
     formats: ClassVar[frozenset[str]] = frozenset({"unstructured"})
     devices: ClassVar[frozenset[str]] = frozenset({"cuda"})
     dtypes: ClassVar[frozenset[torch.dtype]] = frozenset({torch.bfloat16, torch.float16})
@@ -154,23 +200,54 @@ class CudaUnstructuredKernel(Kernel):
         return cuda.why_unavailable()
 
     def cost(self, problem: Problem) -> float:
-        return cost_us("unstructured", problem, problem.packed_nbytes)
+        return estimate_us(problem, problem.packed_nbytes)
+
+    def configs(self, problem: Problem) -> Sequence[Config]:
+        return configs("unstructured", problem, current_gpu())
+
+    def compilations(self, problem: Problem, config: Config) -> Sequence[tuple[str, str, tuple[tuple[str, int], ...]]]:
+        return compilations("unstructured", problem, config, current_gpu())
+
+    def layout_nbytes(self, problem: Problem, packed: PackedWeight) -> int | None:
+        if "bitmask" not in packed.tensors or packed.tensors["bitmask"].is_meta:
+            return None
+        parts = unstructured_parts(packed.shape[1])
+        tiles, units, chunks = _chunks(packed.shape, parts)
+        masks = _lane_masks(packed.tensors["bitmask"], tiles, units, 8 // parts)
+        blocks = sum(int(_places(masks[begin:end])[2].sum()) for begin, end in chunks)
+        return blocks * 16 + masks.numel() + tiles * units * 32 + 4 * (tiles * units + 1)
 
     def prepare(self, packed: PackedWeight) -> Layout:
         values, bitmask = packed.tensors["values"], packed.tensors["bitmask"]
-        streams, masks, offsets, depth = to_streams(values, bitmask, packed.shape, unstructured_parts(packed.shape[1]))
-        # The last tensor holds nothing; its shape tells `run` the weight's size and the streams' depth.
-        return {"weight": streams, "masks": masks, "offsets": offsets, "extent": values.new_empty((*packed.shape, depth, 0))}
+        words, streams = to_streams(values, bitmask, packed.shape, unstructured_parts(packed.shape[1]))
+        return {
+            "weight": words,
+            "masks": streams.masks,
+            "offsets": streams.offsets,
+            "counts": streams.counts,
+            # Holds nothing; its shape tells `run` the weight's size and the streams' depth.
+            "extent": values.new_empty((*packed.shape, streams.depth, 0)),
+        }
 
     def recover(self, layout: Layout, packed: PackedWeight) -> PackedWeight:
-        parts = 16 // layout["masks"].shape[-1]
-        values, bitmask, row_offsets = from_streams(layout["weight"], layout["masks"], layout["offsets"], packed.shape, parts)
+        values, bitmask, row_offsets = from_streams(layout["weight"], _streams_of(layout), packed.shape)
         tensors = {"values": values, "bitmask": bitmask, "row_offsets": row_offsets}
         return PackedWeight(packed.format, packed.version, packed.pattern, packed.shape, packed.dtype, tensors)
 
     def run(self, x: Tensor, layout: Layout, bias: Tensor | None, pattern: SparsityPattern) -> Tensor:
         rows, columns, depth, _ = layout["extent"].shape
-        return _op(x, layout["weight"], layout["masks"], layout["offsets"], bias, None, rows, columns, depth, False)
+        tensors = (layout["weight"], layout["masks"], layout["offsets"], layout["counts"])
+        return _op(x, *tensors, bias, None, rows, columns, depth, False)
+
+    def run_config(self, x: Tensor, layout: Layout, bias: Tensor | None, pattern: SparsityPattern, config: Config) -> Tensor:
+        if (chosen := parse("unstructured", config)) is None:
+            return self.run(x, layout, bias, pattern)
+        rows, columns = layout["extent"].shape[:2]
+        return run_decode(lambda *_: chosen, x, layout["weight"], bias, None, rows, columns, False, _streams_of(layout))
+
+
+def _streams_of(layout: Layout) -> Streams:
+    return Streams(layout["masks"], layout["offsets"], layout["counts"], layout["extent"].shape[2])
 
 
 register(CudaUnstructuredKernel())

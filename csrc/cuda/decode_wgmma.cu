@@ -1,0 +1,236 @@
+// y = x · Wᵀ for 2:4, 4:8 and unstructured weights and up to 128 activation rows on Hopper (sm_90a); PATTERN is 24, 48 or 0.
+//
+// `weight` is the layout of decode_nm.cu (a lane's 16 bytes are its part of operand A of a wgmma just as of an mma) or of paired.cuh.
+// x is operand B, and the image that arrange.cu makes of it. A block has WARPS_ROW / 4 warpgroups of 64 weight rows each, and one warp
+// more that fetches x; WARPS_K, PARTS and ROW_TILES are 1, except that unstructured units may be half as long.
+//
+//   global W --copies of a unit of columns by each warp for itself--> STAGES slots per warp --> registers, expanded
+//   image of x --bulk copies--> X_STAGES buffers of 64 * X_SUBTILES columns --> wgmma, all warpgroups alike
+#define X_PAD 0
+#define PRODUCERS 1
+#define UNSTRUCTURED (PATTERN == 0)
+#include "decode_common.cuh"
+#include "expand.cuh"
+#include "wgmma.cuh"
+#if UNSTRUCTURED
+#include "paired.cuh"
+#endif
+
+#if WARPS_K != 1 || (UNSTRUCTURED ? STAGES != 2 : PARTS != 1) || ROW_TILES != 1 || WARPS_ROW % 4 != 0
+#error "decode_wgmma takes whole warpgroups along the rows, and two slots of unstructured weights"
+#endif
+
+// Two subtiles at most for unstructured weights: a unit may be no longer, and the slots need the memory.
+#define X_SUBTILES (N_TILES == 16 || (UNSTRUCTURED && N_TILES == 8) ? 1 : N_TILES == 8 || UNSTRUCTURED ? 2 : 4)
+#define X_STAGES (N_TILES == 4 && !UNSTRUCTURED ? 3 : 4)
+#define SUBTILE_BYTES (8 * N_TILES * 128)
+#define X_STAGE_BYTES (X_SUBTILES * SUBTILE_BYTES)
+#define BARRIERS_AT (X_STAGES * X_STAGE_BYTES)
+#define SLOTS_AT ((BARRIERS_AT + 8 * (2 * X_STAGES + WARPS_ROW * STAGES) + 127) / 128 * 128)
+
+struct Ring {
+  u32 slot, parity;
+  __device__ __forceinline__ void advance(u32 size) {
+    if (++slot == size) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// The buffers of x as a consumer warp goes through them, step by step.
+struct Reader {
+  u32 smem, before;
+  Ring ring;
+  bool any;
+
+  // Shared address of step s of the unit, once it is there.
+  __device__ __forceinline__ u32 open(int s) {
+    if (s % (2 * X_SUBTILES) == 0) barrier_wait(smem + BARRIERS_AT + 8 * ring.slot, ring.parity);
+    return smem + ring.slot * X_STAGE_BYTES + (s / 2 % X_SUBTILES) * SUBTILE_BYTES + s % 2 * 64;
+  }
+
+  // After the products of step s have been committed: waits for those before it, and gives back the buffer that they were the last to read.
+  __device__ __forceinline__ void close(int s) {
+    wait_products<1>();
+    if (s % (2 * X_SUBTILES) == 0) {
+      if (any && (threadIdx.x & 31) == 0) barrier_arrive(smem + BARRIERS_AT + 8 * (X_STAGES + before));
+      before = ring.slot;
+      any = true;
+    }
+    if (s % (2 * X_SUBTILES) == 2 * X_SUBTILES - 1) ring.advance(X_STAGES);
+  }
+};
+
+__device__ __forceinline__ void multiply(float (&d)[N_TILES][4], const u32 (&a)[8], u32 b) {
+  fence_registers();
+  wgmma_dense(d, a[0], a[1], a[2], a[3], describe(b));
+  wgmma_dense(d, a[4], a[5], a[6], a[7], describe(b + 32));
+  commit_products();
+}
+
+#if UNSTRUCTURED
+
+struct Weights {
+  u32 slots, slot_bytes, table;
+  size_t first;
+  Unit current, next; // of this round and of the one whose words are fetched meanwhile
+
+  __device__ __forceinline__ void start(const Params& p, u32 smem, int warp, int tile, int begin, int rounds, u64 policy) {
+    slot_bytes = (p.depth + 2) * 128;
+    slots = smem + SLOTS_AT + TABLE_BYTES + warp * 2 * slot_bytes + 128;
+    table = smem + SLOTS_AT + (threadIdx.x & 31) % TABLE_COPIES * 8;
+    first = (size_t)tile * p.units + begin;
+    if (rounds > 0) load_unit(p, first, current, policy);
+    if (rounds > 1) load_unit(p, first + 1, next, policy);
+    if (rounds > 0) stage_words(p, slots, current.words, current.offset);
+    commit_stage();
+  }
+
+  __device__ __forceinline__ void multiply_all(float (&d)[N_TILES][4], const Params& p, Reader& x, int rounds, u64 policy) {
+    for (int round = 0; round < rounds; ++round) {
+      asm volatile("cp.async.wait_group 0;" ::: "memory");
+      __syncwarp();
+      if (round + 1 < rounds) stage_words(p, slots + (~round & 1) * slot_bytes, next.words, next.offset);
+      commit_stage();
+      Unit coming = next;
+      if (round + 2 < rounds) load_unit(p, first + round + 2, coming, policy);
+      const u32 base = slots + (round & 1) * slot_bytes + (threadIdx.x & 31) * 4;
+for_each_step(current.masks, base, table, [&](int s, const u32 (&a)[8]) {
+        multiply(d, a, x.open(s));
+        x.close(s);
+      });
+      // Products in flight over the loops of stage_words would be serialised by the compiler.
+      wait_products<0>();
+      current = next;
+      next = coming;
+    }
+  }
+};
+
+#else
+
+#define SLOT_BYTES (9 * 512)
+
+struct Weights {
+  u32 slots, barriers;
+  const uint4* source;
+
+  __device__ __forceinline__ void fetch(int slot, int round, u64 policy) const {
+    bulk_copy(slots + slot * SLOT_BYTES, source + (size_t)round * (SLOT_BYTES / 16), SLOT_BYTES, barriers + 8 * slot, policy);
+  }
+
+  __device__ __forceinline__ void start(const Params& p, u32 smem, int warp, int tile, int begin, int rounds, u64 policy) {
+    slots = smem + SLOTS_AT + warp * STAGES * SLOT_BYTES;
+    barriers = smem + BARRIERS_AT + 8 * (2 * X_STAGES + warp * STAGES);
+    source = p.weight + ((size_t)tile * p.units + begin) * (SLOT_BYTES / 16);
+    if ((threadIdx.x & 31) != 0) return;
+    for (int s = 0; s < STAGES; ++s)
+      barrier_init(barriers + 8 * s, 1);
+    barrier_init_fence();
+    for (int s = 0; s < STAGES && s < rounds; ++s)
+      fetch(s, s, policy);
+  }
+
+  __device__ __forceinline__ void multiply_all(float (&d)[N_TILES][4], const Params& p, Reader& x, int rounds, u64 policy) {
+    const int lane = threadIdx.x & 31;
+    Ring ring = {0, 0};
+#if PATTERN == 24
+    uint4 a[2];
+#else
+    u32 a[2][8], codes[4];
+#endif
+    for (int round = 0; round < rounds; ++round) {
+      const u32 slot = slots + ring.slot * SLOT_BYTES + lane * 16;
+      barrier_wait(barriers + 8 * ring.slot, ring.parity);
+      u32 positions[4], values[3][4]; // of the next steps: shared memory's latency passes while earlier ones are multiplied
+      load_shared_x4(slot, positions);
+      load_shared_x4(slot + 512, values[0]);
+      load_shared_x4(slot + 1024, values[1]);
+#pragma unroll
+      for (int s = 0; s < 8; ++s) {
+        if (s + 2 < 8) load_shared_x4(slot + (s + 3) * 512, values[(s + 2) % 3]);
+        const u32 (&now)[4] = values[s % 3];
+        const uint4 v = make_uint4(now[0], now[1], now[2], now[3]);
+#if PATTERN == 24
+        a[s % 2] = v;
+        const u32 b = x.open(s);
+        fence_registers();
+        if (s % 2 == 0)
+          wgmma_sparse<0>(d, a[0], describe(b), positions[s / 2]);
+        else
+          wgmma_sparse<1>(d, a[1], describe(b), positions[s / 2]);
+        commit_products();
+#else
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          codes[i] = s % 2 == 0 ? code_selectors(positions[s / 2], i) : codes[i] >> 16;
+        expand_step(v, codes, a[s % 2]);
+        multiply(d, a[s % 2], x.open(s));
+#endif
+        x.close(s);
+      }
+      if (round + STAGES < rounds) {
+        __syncwarp();
+        if (lane == 0) fetch(ring.slot, round + STAGES, policy);
+      }
+      ring.advance(STAGES);
+    }
+  }
+};
+
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_wgmma(const __grid_constant__ Params p) {
+  extern __shared__ __align__(1024) unsigned char dynamic[];
+  const u32 smem = shared_address(dynamic), full = smem + BARRIERS_AT, empty = full + 8 * X_STAGES;
+  const int warp = threadIdx.x >> 5;
+  const int begin = (int)((long long)p.units * blockIdx.y / gridDim.y), end = (int)((long long)p.units * (blockIdx.y + 1) / gridDim.y);
+  const int rounds = end - begin;
+  const u64 policy = weight_policy();
+  Weights weights;
+  if (warp < WARPS_ROW) {
+    // Tiles behind the last row read the last tile again; their sums are not stored.
+    const int tile = min((int)blockIdx.x * WARPS_ROW + warp, (p.rows + 15) / 16 - 1);
+    weights.start(p, smem, warp, tile, begin, rounds, policy);
+  } else if ((threadIdx.x & 31) == 0) {
+    for (int s = 0; s < X_STAGES; ++s) {
+      barrier_init(full + 8 * s, 1);
+      barrier_init(empty + 8 * s, WARPS_ROW);
+    }
+    barrier_init_fence();
+  }
+#if UNSTRUCTURED
+  fill_table(smem + SLOTS_AT);
+#endif
+  release_successor();
+  __syncthreads();
+
+  if (warp >= WARPS_ROW) {
+    if ((threadIdx.x & 31) == 0) {
+      wait_predecessor();
+      const unsigned char* image = (const unsigned char*)p.x + (size_t)begin * (UNIT / 64 * SUBTILE_BYTES);
+      const u64 keep = activation_policy();
+      Ring ring = {0, 1};
+      for (int stage = 0; stage < rounds * (UNIT / 64 / X_SUBTILES); ++stage) {
+        barrier_wait(empty + 8 * ring.slot, ring.parity);
+        bulk_copy(smem + ring.slot * X_STAGE_BYTES, image + (size_t)stage * X_STAGE_BYTES, X_STAGE_BYTES, full + 8 * ring.slot, keep);
+        ring.advance(X_STAGES);
+      }
+    }
+    __syncwarp();
+    __syncthreads();
+  } else {
+    float acc[1][N_TILES][4] = {};
+    Reader x = {smem, 0, {0, 0}, false};
+    weights.multiply_all(acc[0], p, x, rounds, policy);
+    wait_products<0>();
+    wait_predecessor();
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    // The buffers become the place of the sums.
+    __syncthreads();
+    collect(dynamic, p, acc);
+  }
+  __syncthreads();
+  finish_and_store(dynamic, p);
+}

@@ -1,0 +1,117 @@
+// Warpgroup products and the barriers around them (sm_90a). Needs N_TILES and ELEM_BF16, and decode_common.cuh before it.
+//
+// d is a warpgroup's m64 x n(8 * N_TILES) accumulator: warp w of the four holds rows 16w .. 16w + 15, each n-tile as one m16n8 fragment.
+// A comes from registers, in the fragment order of mma.m16n8k16 (dense) and mma.sp.m16n8k32 (sparse); B from shared memory, one row of
+// 64 columns in 128 bytes, 16-byte chunks exchanged by the row modulo 8. All products are asynchronous: their registers and shared
+// memory are read until wait_products.
+#pragma once
+
+#if ELEM_BF16
+#define WGMMA_TYPES "f32.bf16.bf16"
+#else
+#define WGMMA_TYPES "f32.f16.f16"
+#endif
+
+#define D4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define D16(i) D4(i), D4(i + 1), D4(i + 2), D4(i + 3)
+#define LIST4 "%0, %1, %2, %3"
+#define LIST8 LIST4 ", %4, %5, %6, %7"
+#define LIST16 LIST8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define LIST32 LIST16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define LIST64                                                                                                                            \
+  LIST32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, " \
+         "%57, %58, %59, %60, %61, %62, %63"
+
+#if N_TILES == 1
+#define WGMMA_N "n8"
+#define WGMMA_D LIST4
+#define WGMMA_OPERANDS D4(0)
+#define WGMMA_AB "{%4, %5, %6, %7}, %8"
+#define WGMMA_META "%9, %10"
+#elif N_TILES == 2
+#define WGMMA_N "n16"
+#define WGMMA_D LIST8
+#define WGMMA_OPERANDS D4(0), D4(1)
+#define WGMMA_AB "{%8, %9, %10, %11}, %12"
+#define WGMMA_META "%13, %14"
+#elif N_TILES == 4
+#define WGMMA_N "n32"
+#define WGMMA_D LIST16
+#define WGMMA_OPERANDS D16(0)
+#define WGMMA_AB "{%16, %17, %18, %19}, %20"
+#define WGMMA_META "%21, %22"
+#elif N_TILES == 8
+#define WGMMA_N "n64"
+#define WGMMA_D LIST32
+#define WGMMA_OPERANDS D16(0), D16(4)
+#define WGMMA_AB "{%32, %33, %34, %35}, %36"
+#define WGMMA_META "%37, %38"
+#elif N_TILES == 16
+#define WGMMA_N "n128"
+#define WGMMA_D LIST64
+#define WGMMA_OPERANDS D16(0), D16(4), D16(8), D16(12)
+#define WGMMA_AB "{%64, %65, %66, %67}, %68"
+#define WGMMA_META "%69, %70"
+#else
+#error "wgmma.cuh has forms for 8, 16, 32, 64 and 128 activation rows"
+#endif
+
+// d += A (64 x 16) · B (16 columns of x).
+__device__ __forceinline__ void wgmma_dense(float (&d)[N_TILES][4], u32 a0, u32 a1, u32 a2, u32 a3, u64 b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64" WGMMA_N "k16." WGMMA_TYPES " {" WGMMA_D "}, " WGMMA_AB ", 1, 1, 1, 0;"
+               : WGMMA_OPERANDS
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+}
+
+// d += A (64 x 32, two of four kept) · B (32 columns of x).
+template <int SELECTOR>
+__device__ __forceinline__ void wgmma_sparse(float (&d)[N_TILES][4], const uint4& a, u64 b, u32 meta) {
+  asm volatile("wgmma.mma_async.sp.sync.aligned.m64" WGMMA_N "k32." WGMMA_TYPES " {" WGMMA_D "}, " WGMMA_AB ", " WGMMA_META ", 1, 1, 1, 0;"
+               : WGMMA_OPERANDS
+               : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(meta), "n"(SELECTOR));
+}
+
+__device__ __forceinline__ void fence_registers() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING>
+__device__ __forceinline__ void wait_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// Descriptor of B at `address` (1,024-byte aligned, or 32 bytes on per 16 columns): 1,024 bytes between groups of eight rows, exchange
+// pattern of 128 bytes.
+__device__ __forceinline__ u64 describe(u32 address) {
+  return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
+}
+
+// Makes this thread's writes to shared memory visible to wgmma and to bulk copies.
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+__device__ __forceinline__ void barrier_init(u32 barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+  asm volatile("{\n"
+               ".reg .pred done;\n"
+               "again:\n"
+               "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+               "@!done bra again;\n"
+               "}" ::"r"(barrier),
+               "r"(parity)
+               : "memory");
+}
+
+// Announces `bytes` at `barrier` and starts copying them from `source` to shared address `target`; both 16-byte aligned.
+__device__ __forceinline__ void bulk_copy(u32 target, const void* source, u32 bytes, u32 barrier, u64 policy) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(target),
+               "l"(source), "r"(bytes), "r"(barrier), "l"(policy)
+               : "memory");
+}
