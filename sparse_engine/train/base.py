@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,6 +69,8 @@ def load_quantised(path: Path, bits: int, device: torch.device) -> Any:
         ) from None
     from transformers import BitsAndBytesConfig, OPTForCausalLM
 
+    # Otherwise it says with every single product on a CPU that fp32 inputs are cast.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     compute = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     quantised = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute

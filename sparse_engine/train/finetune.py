@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
+import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +78,8 @@ def finetune(
         raise InputError(f"{out} exists; choose another --out or pass --overwrite")
     if not train or not validation:
         raise InputError(f"fine-tuning needs training and validation examples, got {len(train)} and {len(validation)}")
+    if importlib.util.find_spec("accelerate") is None:
+        raise InputError("fine-tuning needs the accelerate package: pip install 'sparse-engine[train]'")
     started = time.monotonic()
     path = resolve(source)
     checkpoint = Checkpoint(path)
@@ -86,7 +91,10 @@ def finetune(
         "settings": settings.to_dict(),
         "data": _fingerprint(train, validation),
     }
-    _begin(work, description, resume=resume)
+    place = _own_device(torch.device(device))
+    with _main_process_alone(place) as main:
+        if main:
+            _begin(work, description, resume=resume)
 
     from sparse_engine.cli.common import load_tokenizer
     from sparse_engine.train.run import build_trainer, train_with_resume
@@ -101,11 +109,9 @@ def finetune(
         encode_pairs(track(pairs, f"encoding {name} examples", len(pairs)), tokenizer, **limits)
         for name, pairs in (("training", train), ("validation", validation))
     ]
-    model = _model(path, masks, settings, torch.device(device))
+    model = _model(path, masks, settings, place)
     taught_by = _teacher(teacher, checkpoint) if teacher else None
-    trainer = build_trainer(
-        model, examples[0], examples[1], settings, masks, work, teacher=taught_by, device=torch.device(device), track=track
-    )
+    trainer = build_trainer(model, examples[0], examples[1], settings, masks, work, teacher=taught_by, device=place, track=track)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     train_loss = train_with_resume(trainer, resume=resume)
     report = FinetuneReport(
@@ -157,7 +163,6 @@ def _suited_masks(checkpoint: Checkpoint, settings: FinetuneSettings) -> dict[st
 def _begin(work: Path, description: dict[str, Any], *, resume: bool) -> None:
     job = work / "job.json"
     if not (resume and job.exists()):
-        # Every process of a launch comes here at once; what another has removed or made already is as good.
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True, exist_ok=True)
         write_json(job, description)
@@ -166,6 +171,25 @@ def _begin(work: Path, description: dict[str, Any], *, resume: bool) -> None:
     now = json.loads(json.dumps(description))
     if changed := sorted(key for key in now if found.get(key) != now[key]):
         raise InputError(f"{work} was started with another {' and '.join(changed)}; resume with the same, or drop --resume to start anew")
+
+
+def _own_device(device: torch.device) -> torch.device:
+    """The GPU of this process where a launcher has started one for each."""
+    rank = os.environ.get("LOCAL_RANK")
+    return torch.device(device.type, int(rank)) if device.type == "cuda" and rank is not None else device
+
+
+@contextmanager
+def _main_process_alone(device: torch.device) -> Iterator[bool]:
+    """True in the one process of a launch that may write; the others wait until the block is left."""
+    if "RANK" not in os.environ:
+        yield True
+        return
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device.type == "cpu")
+    yield bool(state.is_main_process)
+    state.wait_for_everyone()
 
 
 def _fingerprint(*parts: Sequence[Pair]) -> str:

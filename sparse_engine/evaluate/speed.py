@@ -1,0 +1,62 @@
+"""Decoding speed with a fixed number of tokens, so that models are compared by their engines and not by when they stop."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparse_engine.data.pairs import Pair
+from sparse_engine.data.prompt import prompt_tokens
+
+if TYPE_CHECKING:
+    from sparse_engine.evaluate.run import EvaluateSettings, Loaded
+
+__all__ = ["decode_speed"]
+
+_ROUNDS = 3
+
+
+def decode_speed(
+    loaded: Loaded, pairs: Sequence[Pair], settings: EvaluateSettings, tokens: int, *, batches: Sequence[int]
+) -> dict[str, dict[str, float]]:
+    """Milliseconds per generated token and per prompt, for each batch size: medians of three rounds after one to warm up.
+
+    Every round generates exactly ``tokens`` tokens after the first examples' prompts; the time of the first token stands for
+    the prompt's.
+    """
+    positions = int(loaded.model.config.max_position_embeddings) - tokens
+    found = {}
+    for batch in dict.fromkeys(batches):
+        some = list(pairs[:batch])
+        prompts = [prompt_tokens(pair.text, loaded.tokenizer, settings.max_text_tokens, positions) for pair in some]
+        first, whole = [], []
+        for _ in range(_ROUNDS + 1):
+            first.append(_timed(loaded.model, prompts, 1))
+            whole.append(_timed(loaded.model, prompts, tokens))
+        prompt, total = statistics.median(first[1:]), statistics.median(whole[1:])
+        found[str(batch)] = {"prompt_ms": 1e3 * prompt, "token_ms": 1e3 * (total - prompt) / max(1, tokens - 1)}
+    return found
+
+
+def _timed(model: Any, prompts: Sequence[list[int]], tokens: int) -> float:
+    from transformers import GenerationConfig
+
+    width, pad = max(map(len, prompts)), int(model.config.pad_token_id)
+    ids = torch.full((len(prompts), width), pad, device=model.device)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt, device=model.device)
+        mask[row, width - len(prompt) :] = 1
+    settings = GenerationConfig(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=pad)  # type: ignore[no-untyped-call]
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    started = time.perf_counter()
+    with torch.inference_mode():
+        model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter() - started

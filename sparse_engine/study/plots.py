@@ -1,0 +1,57 @@
+"""Quality against speed and against size, as SVG that stands inside the report."""
+
+from __future__ import annotations
+
+import importlib
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sparse_engine.errors import InputError
+
+__all__ = ["quality_plot"]
+
+_MARKERS = "osD^vP*X"
+
+
+def quality_plot(lines: Sequence[Mapping[str, Any]], x: str, label: str, *, y: str = "test_rougeL", log: bool = False) -> str | None:
+    """Test ROUGE-L with its 95 % interval over the column ``x``, one point per row; None where no row has both.
+
+    Colour tells the pruning and marker the technique.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    points = [line for line in lines if line.get(x) is not None and line.get(y) is not None]
+    if not points:
+        return None
+    try:
+        figure_module = importlib.import_module("matplotlib.figure")
+        matplotlib = importlib.import_module("matplotlib")
+    except ModuleNotFoundError:
+        raise InputError("plots need the matplotlib package: pip install 'sparse-engine[eval]'") from None
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(f"{p['pruning']} {p['sparsity']}" for p in points))}
+    markers = {name: _MARKERS[i % len(_MARKERS)] for i, name in enumerate(dict.fromkeys(str(p["technique"]) for p in points))}
+    # A fixed salt and no date give the same file for the same figures; text stays text.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "study", "font.size": 9}):
+        figure = figure_module.Figure(figsize=(8.5, 5), layout="constrained")
+        axes = figure.subplots()
+        for p in points:
+            colour, marker = colours[f"{p['pruning']} {p['sparsity']}"], markers[str(p["technique"])]
+            spread = [[p[y] - p[f"{y}_low"]], [p[f"{y}_high"] - p[y]]]
+            axes.errorbar(p[x], p[y], yerr=spread, fmt=marker, color=colour, capsize=2, markersize=6, elinewidth=0.8)
+            axes.annotate(p["id"], (p[x], p[y]), xytext=(5, 4), textcoords="offset points", fontsize=7, color="0.25")
+        for name, colour in colours.items():
+            axes.plot([], [], "o", color=colour, label="not pruned" if name == "– –" else name)
+        for name, marker in markers.items():
+            axes.plot([], [], marker, color="0.4", label="not fine-tuned" if name == "–" else name)
+        if log:
+            axes.set_xscale("log")
+        axes.set_xlabel(label)
+        axes.set_ylabel("test ROUGE-L")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+    svg = stream.getvalue()
+    return svg[svg.index("<svg") :]

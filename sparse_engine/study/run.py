@@ -1,0 +1,71 @@
+"""Runs a recipe's rows, or some of them, and writes the report of all that are finished in its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+
+from sparse_engine.checkpoint.writer import write_json
+from sparse_engine.errors import InputError
+from sparse_engine.progress import Track, silent
+from sparse_engine.study.graph import Graph
+from sparse_engine.study.recipe import Recipe
+from sparse_engine.study.report import write_report
+from sparse_engine.study.rows import row_result
+from sparse_engine.study.stages import Stages
+
+__all__ = ["run_study"]
+
+
+def run_study(
+    recipe: Recipe,
+    out: Path,
+    *,
+    rows: Sequence[str] | None = None,
+    device: torch.device | str = "cpu",
+    processes: int = 1,
+    score: bool = True,
+    report_only: bool = False,
+    command: str = "",
+    track: Track = silent,
+) -> list[Path]:
+    """Bring ``rows`` (default: all) of a recipe to an end and write the report into ``out``; gives the report's files.
+
+    ``out``/stages holds the cached stages and ``out``/rows one JSON per finished row. Rows made in several sessions or on several
+    machines are merged by putting their files into the same folders. A row builds what it needs of other rows.
+
+    Args:
+        score: False leaves the scoring to another run, which finds the predictions in ``out``/stages.
+        report_only: run nothing, write the report of the rows that are there.
+
+    Raises:
+        InputError: the recipe has no such row, or no row is finished.
+    """
+    chosen = list(recipe.rows) if rows is None else list(rows)
+    if unknown := [name for name in chosen if name not in recipe.rows]:
+        raise InputError(f"the recipe has no row {unknown[0]!r}: it has {', '.join(recipe.rows)}")
+    place = torch.device(device)
+    finished = out / "rows"
+    finished.mkdir(parents=True, exist_ok=True)
+    if not report_only:
+        graph = Graph(recipe, place.type)
+        stages = Stages(graph, out / "stages", place, processes, track)
+        for number, name in enumerate(chosen, 1):
+            row = recipe.rows[name]
+            typer.echo(f"row {number} of {len(chosen)}: {name}", err=True)
+            if not score:
+                stages.ensure(graph.evaluation(row))
+                continue
+            stages.ensure(graph.scores(row))
+            write_json(finished / f"{name}.json", row_result(row, graph, stages, examples=recipe.examples))
+    results: dict[str, Any] = {
+        file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(finished.glob("*.json")) if file.stem in recipe.rows
+    }
+    if not score and not results:
+        return []
+    return write_report(recipe, results, out, command)
