@@ -79,17 +79,26 @@ def load_for_evaluation(ckpt: str, settings: EvaluateSettings, device: torch.dev
         if settings.backend is not None:
             raise InputError(f"{ckpt} is an adapter on its base; --backend chooses among kernels for packed checkpoints: merge it first")
         adapter = Adapter(Path(ckpt), base)
-        meter = MemoryMeter(device)
+        tokenizer = load_tokenizer(adapter.base)
+        meter = _fresh_meter(device)
         model = load_adapter(adapter, device, packed=True, dtype=dtype)
         disk = Checkpoint(adapter.base).nbytes + sum(file.stat().st_size for file in adapter.path.glob("*.safetensors"))
         kind = f"adapter on {adapter.settings.bits}-bit" if adapter.settings.bits else "adapter"
-        return Loaded(model, load_tokenizer(adapter.base), kind, disk, meter)
+        return Loaded(model, tokenizer, kind, disk, meter)
     path = resolve(ckpt)
-    meter = MemoryMeter(device)
+    tokenizer = load_tokenizer(path)
+    meter = _fresh_meter(device)
     model = load_model(path, backend=settings.backend, dtype=dtype, device=device)
     checkpoint = Checkpoint(path)
     kind = "packed" if checkpoint.packed_layers else "dense"
-    return Loaded(model, load_tokenizer(path), kind, checkpoint.nbytes, meter)
+    return Loaded(model, tokenizer, kind, checkpoint.nbytes, meter)
+
+
+def _fresh_meter(device: torch.device) -> MemoryMeter:
+    """A meter that counts the model and its work, and not the code that they run on."""
+    importlib.import_module("sparse_engine.hf.modeling_opt")
+    importlib.import_module("transformers.generation")
+    return MemoryMeter(device)
 
 
 def generate(loaded: Loaded, pairs: Sequence[Pair], folder: Path, settings: EvaluateSettings, *, track: Track = silent) -> dict[str, Any]:

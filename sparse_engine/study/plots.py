@@ -45,6 +45,8 @@ def quality_plot(lines: Sequence[Mapping[str, Any]], x: str, label: str, *, y: s
             axes.plot([], [], "o", color=colour, label="not pruned" if name == "– –" else name)
         for name, marker in markers.items():
             axes.plot([], [], marker, color="0.4", label="not fine-tuned" if name == "–" else name)
+        # Room for the names beside the points.
+        axes.margins(x=0.18, y=0.08)
         if log:
             axes.set_xscale("log")
         axes.set_xlabel(label)

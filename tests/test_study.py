@@ -1,0 +1,300 @@
+"""The study: recipes that are refused, stages that are made once, rows that merge, the report, and the shipped smoke recipe."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from conftest import TEXT, make_tiny_opt
+
+from sparse_engine.errors import InputError
+from sparse_engine.study import stages as stages_module
+from sparse_engine.study.graph import Graph
+from sparse_engine.study.recipe import Recipe, load_recipe, shipped_recipes
+from sparse_engine.study.rows import table_line
+from sparse_engine.study.run import run_study
+
+RECIPE = """
+name: tiny
+models:
+  tiny: {checkpoint: "${TINY}/model", dense: full}
+data:
+  train: {source: "${TINY}/bills.jsonl"}
+  heldout: {source: "${TINY}/bills.jsonl", limit: 3}
+  validation: {source: ["${TINY}/bills.jsonl", "${TINY}/bills.jsonl"], limit: 9}
+  test: {source: "${TINY}/bills.jsonl", limit: 4}
+calibration: {source: train, samples: 4, length: 64, prompts: true}
+finetune: {max_steps: 3, batch_size: 4, max_text_tokens: 40, rank: 2}
+evaluate: {batch_size: 4, max_text_tokens: 40, max_new_tokens: 8, decode_tokens: 3}
+score: {metrics: [rouge, coherence, extractive]}
+examples: 2
+rows:
+  - {id: base, model: tiny}
+  - id: full
+    model: tiny
+    technique: full
+    steps: [finetune: {method: full}]
+    published: {test_rougeL: 0.4239, seconds: 262.3, nonzero: 125239296, size_mb: 955.54}
+  - id: recovered
+    model: tiny
+    start: full
+    technique: sparse-full
+    pruning: Wanda
+    sparsity: "2:4"
+    steps:
+      - prune: {pruner: wanda, pattern: "2:4"}
+      - finetune: {method: sparse-full, teacher: full}
+  - id: merged
+    model: tiny
+    start: full
+    technique: sparse-lora
+    pruning: Wanda
+    sparsity: "2:4"
+    steps:
+      - prune: {pruner: wanda, pattern: "2:4"}
+      - finetune: {method: sparse-lora}
+      - merge: {}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("study")
+    make_tiny_opt(path / "model", max_position_embeddings=512)
+    rows = [
+        {"text": f"Bill {i}. {TEXT[: 30 + 9 * i]}", "summary": f"Repairs <{i}> bridges & roads.", "title": f"Bill {i}"} for i in range(8)
+    ]
+    (path / "bills.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (path / "tiny.yaml").write_text(RECIPE)
+    return path
+
+
+@pytest.fixture
+def recipe(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    monkeypatch.setenv("TINY", str(folder))
+    return load_recipe(str(folder / "tiny.yaml"))
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> Path:
+    """The whole tiny study, run once."""
+    os.environ["TINY"] = str(folder)
+    out = folder / "out"
+    run_study(load_recipe(str(folder / "tiny.yaml")), out, command="sparse-engine study tiny")
+    return out
+
+
+def _lines(out: Path) -> dict[str, dict[str, object]]:
+    return {row["id"]: row for row in json.loads((out / "study.json").read_text())["rows"]}
+
+
+def test_shipped_recipes_have_the_published_shape(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert set(shipped_recipes()) == {"offline-28m", "opt-125m-350m", "smoke"}
+    monkeypatch.setenv("SPARSE_ENGINE_DATA", str(tmp_path))
+    published = load_recipe("opt-125m-350m")
+    with_figures = [row for row in published.rows.values() if row.published]
+    assert len(with_figures) == 14
+    assert all(len(row.published) == 7 for row in with_figures)
+    assert published.rows["opt-125m-full"].published["test_rougeL"] == 0.4239
+    assert published.rows["opt-350m-sparsegpt-2of4-qlora"].published["seconds"] == 2271.95
+    # The same steps in the same order, on two local models in the place of the two from the Hub.
+    shape = [[(step.kind, step.settings.get("method"), step.settings.get("pattern")) for step in row.steps] for row in with_figures]
+    local = [row for row in load_recipe("offline-28m").rows.values() if "tuned" not in row.id and "long" not in row.id]
+    assert [[(s.kind, s.settings.get("method"), s.settings.get("pattern")) for s in row.steps] for row in local] == shape
+    qlora = next(step.settings for row in with_figures for step in row.steps if step.settings.get("method") == "qlora")
+    wanted = {"bits": 8, "rank": 16, "alpha": 32, "lora_dropout": 0.05, "epochs": 3.0, "learning_rate": 2e-4}
+    assert wanted.items() <= qlora.items()
+    assert qlora["targets"] == ["q_proj", "k_proj", "v_proj", "fc1", "fc2"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("rank: 2}", "rnk: 2}", "fine-tuning has no setting 'rnk'"),
+        ("name: tiny\n", "name: tiny\ncolour: red\n", "the recipe has the unknown key 'colour'"),
+        ("start: full", "start: later", "builds on the row 'later', which must come before it"),
+        ("dense: full", "dense: fool", "names the row 'fool' as its dense reference"),
+        ("id: merged", "id: full", "row full is there twice"),
+        ("pruner: wanda", "pruner: wonder", "wonder"),
+        ("2:4", "2:3", "N:M needs M in"),
+        ("${TINY}/model", "${NOWHERE}/model", "the environment variable NOWHERE is not set"),
+        ("rows:", "rows: [", "is no YAML"),
+        ("  test:", "  tost:", "data has the unknown key 'tost'"),
+        ("model: tiny\n    technique: full", "model: tinier\n    technique: full", "unknown model 'tinier'"),
+    ],
+)
+def test_a_recipe_that_cannot_be_run_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, message: str
+) -> None:
+    monkeypatch.setenv("TINY", str(tmp_path))
+    assert old in RECIPE
+    (tmp_path / "bad.yaml").write_text(RECIPE.replace(old, new))
+    with pytest.raises(InputError, match=re.escape(message)):
+        load_recipe(str(tmp_path / "bad.yaml"))
+
+
+def test_unknown_recipes_and_rows_are_named(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no recipe smok: give a file, or one of offline-28m, opt-125m-350m, smoke"):
+        load_recipe("smok")
+    with pytest.raises(InputError, match="no row 'fall': it has base, full, recovered, merged"):
+        run_study(recipe, tmp_path, rows=["fall"])
+    with pytest.raises(InputError, match="no row of the recipe is finished yet"):
+        run_study(recipe, tmp_path, report_only=True)
+
+
+def test_keys_follow_contents_and_settings_not_places(
+    recipe: Recipe, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def keys() -> dict[str, str]:
+        found = load_recipe(str(folder / "tiny.yaml"))
+        return {name: Graph(found, "cpu").scores(row).key for name, row in found.rows.items()}
+
+    before = keys()
+    assert len(set(before.values())) == 4
+    for name in ("model", "bills.jsonl"):
+        (shutil.copytree if (folder / name).is_dir() else shutil.copyfile)(folder / name, tmp_path / name)
+    monkeypatch.setenv("TINY", str(tmp_path))
+    assert keys() == before
+    lines = (tmp_path / "bills.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "bills.jsonl").write_text("".join([lines[0].replace("Repairs", "Paints"), *lines[1:]]))
+    assert not set(keys().values()) & set(before.values())
+    graph, other = Graph(recipe, "cpu"), Graph(recipe, "cuda")
+    assert graph.checkpoint(recipe.rows["recovered"]).key == other.checkpoint(recipe.rows["recovered"]).key
+    assert graph.evaluation(recipe.rows["recovered"]).key != other.evaluation(recipe.rows["recovered"]).key
+
+
+def test_the_table_has_every_row_with_its_published_figures(finished: Path) -> None:
+    lines = _lines(finished)
+    assert list(lines) == ["base", "full", "recovered", "merged"]
+    full, recovered = lines["full"], lines["recovered"]
+    assert full["test_rougeL_published"] == 0.4239
+    assert full["speedup_batch_1"] == full["speedup_batch_4"] == full["size_ratio"] == full["likelihood_recovery"] == 1
+    assert recovered["engine"] == lines["merged"]["engine"] == "packed"
+    assert recovered["size_ratio"] < 1
+    assert recovered["nonzero"] < full["nonzero"] == full["parameters"]
+    assert recovered["likelihood_recovery_low"] <= recovered["likelihood_recovery"] <= recovered["likelihood_recovery_high"]
+    assert recovered["speedup_batch_1"] == pytest.approx(full["token_ms_batch_1"] / recovered["token_ms_batch_1"])
+    assert all(line["test_bertscore"] is None for line in lines.values())
+    table = list(csv.DictReader((finished / "table.csv").open()))
+    assert [row["id"] for row in table] == list(lines)
+    assert float(table[2]["test_rougeL"]) == recovered["test_rougeL"]
+    text = (finished / "table.md").read_text()
+    assert "[0.4239]" in text
+    assert "[125,239,296]" in text
+
+
+class _Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_stands_by_itself(finished: Path) -> None:
+    page = _Page()
+    page.feed((finished / "report.html").read_text())
+    assert page.tags.count("svg") == 2
+    # Markers inside the drawings refer to the page itself; nothing is loaded from elsewhere.
+    assert all(link.startswith("#") for link in page.links)
+    assert "script" not in page.tags
+    assert "Repairs <0> bridges & roads." in page.text
+    assert page.text.count("reference") >= 4
+    for wanted in ("recovered", 'checkpoint: "${TINY}/model"', "transformers", "sparse-engine study tiny"):
+        assert wanted in page.text
+
+
+def test_a_finished_study_runs_nothing_again(recipe: Recipe, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a stage was made again")
+
+    for step in ("_prune", "_finetune", "_merge", "_evaluate", "_score"):
+        monkeypatch.setattr(stages_module.Stages, step, never)
+    before = (finished / "study.json").read_text()
+    run_study(recipe, finished, command="sparse-engine study tiny")
+    assert json.loads((finished / "study.json").read_text())["rows"] == json.loads(before)["rows"]
+
+
+def test_rows_share_the_stages_that_they_have_in_common(finished: Path) -> None:
+    kinds = [path.name.partition("-")[0] for path in (finished / "stages").iterdir()]
+    assert {kind: kinds.count(kind) for kind in set(kinds)} == {"finetune": 3, "prune": 1, "merge": 1, "evaluate": 4, "score": 4}
+    assert not list((finished / "stages").glob("*.building"))
+
+
+def test_rows_run_apart_and_elsewhere_merge_into_one_report(recipe: Recipe, finished: Path, tmp_path: Path) -> None:
+    # One place has the weights and generates; another gets everything but the weights, scores, and adds its own rows.
+    here, there = tmp_path / "here", tmp_path / "there"
+    assert run_study(recipe, here, rows=["recovered"], score=False) == []
+    shutil.copytree(here, there, ignore=shutil.ignore_patterns("*.safetensors", "checkpoint"))
+    run_study(recipe, there, rows=["recovered"])
+    assert list(_lines(there)) == ["recovered"]
+    assert "Rows not run yet: base, full, merged." in (there / "table.md").read_text()
+    shutil.copyfile(finished / "rows" / "full.json", there / "rows" / "full.json")
+    run_study(recipe, there, report_only=True)
+    merged = _lines(there)
+    assert list(merged) == ["full", "recovered"]
+    assert merged["recovered"]["test_rougeL"] == _lines(finished)["recovered"]["test_rougeL"]
+    assert merged["recovered"]["speedup_batch_1"] > 0
+
+
+def test_an_interrupted_stage_is_taken_up(recipe: Recipe, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stopping(items, description, total):
+        for done, item in enumerate(items):
+            if description.startswith("fine-tuning") and done == 2:
+                raise Stop
+            yield item
+
+    with pytest.raises(Stop):
+        run_study(recipe, tmp_path, rows=["full"], track=stopping)
+    (building,) = (tmp_path / "stages").glob("finetune-*.building")
+    assert (building / "checkpoint.partial" / "checkpoint-1").is_dir()
+    run_study(recipe, tmp_path, rows=["full"])
+    assert not list((tmp_path / "stages").glob("*.building"))
+
+
+def test_no_speed_up_is_claimed_over_another_machine(finished: Path) -> None:
+    result, dense = (json.loads((finished / "rows" / f"{name}.json").read_text()) for name in ("recovered", "full"))
+    dense["cost"]["device"] = "NVIDIA H200"
+    line = table_line(result, dense)
+    assert line["speedup_batch_1"] is None
+    assert 0 < line["likelihood_recovery"] < 2
+    assert table_line(result, None)["size_ratio"] is None
+
+
+def test_fine_tuning_spreads_over_processes(recipe: Recipe, finished: Path, tmp_path: Path) -> None:
+    run_study(recipe, tmp_path, rows=["full"], processes=2)
+    (record,) = (tmp_path / "stages").glob("finetune-*/record.json")
+    found = json.loads(record.read_text())["result"]
+    assert found["steps"] == 3
+    assert found["validation_loss"] > 0
+
+
+def test_the_smoke_recipe_runs_from_the_command_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sparse_engine", "study", "smoke", "--device", "cpu", "--out", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = _lines(tmp_path / "out")
+    assert list(lines) == list(load_recipe("smoke").rows)
+    assert [lines[name]["engine"] for name in ("full", "qlora", "sparsegpt-2of4-recovered")] == ["dense", "adapter on 8-bit", "packed"]
+    # Fine-tuned or recovered on the very bills it is asked about, the summariser writes summaries of them.
+    assert lines["full"]["test_rougeL"] > 0.5
+    assert lines["sparsegpt-2of4-recovered"]["test_rougeL"] > 0.4 > lines["wanda-2of4-qlora"]["test_rougeL"]
+    assert done.stdout.split() == [f"out/{name}" for name in ("table.md", "table.csv", "study.json", "report.html")]
