@@ -52,6 +52,7 @@ def evaluate(
     """Summarise held-out examples in batches, measure time, memory and size, and score the summaries."""
     place = parse_device(device)
 
+    from sparse_engine.checkpoint.writer import write_json
     from sparse_engine.data.pairs import load_pairs
     from sparse_engine.evaluate.run import EvaluateSettings, generate, load_for_evaluation, text_perplexity
 
@@ -65,7 +66,9 @@ def evaluate(
     made = generate(loaded, pairs, out, settings, track=console_track)
     _print_cost(made)
     if perplexity is not None:
-        typer.echo(f"perplexity of {perplexity}: {text_perplexity(loaded, perplexity, track=console_track):.3f}")
+        value = text_perplexity(loaded, perplexity, track=console_track)
+        write_json(out / "perplexity.json", {"text": perplexity, "perplexity": value})
+        typer.echo(f"perplexity of {perplexity}: {value:.3f}")
     if no_score:
         typer.echo(f"predictions in {out}; score them with `sparse-engine score {out}`")
         return

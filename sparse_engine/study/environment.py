@@ -18,9 +18,10 @@ _PACKAGES = ("sparse-engine", "torch", "transformers", "peft", "bitsandbytes", "
 
 
 def environment() -> dict[str, Any]:
-    """Device, processor, threads, load, date, and the versions of the packages that are there."""
+    """Device, processor, threads, load, date, the commit that the variable SPARSE_ENGINE_COMMIT names, and package versions."""
     found: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
+        "commit": os.environ.get("SPARSE_ENGINE_COMMIT"),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu": _processor(),
         "cpu_count": os.cpu_count(),

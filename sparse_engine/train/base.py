@@ -75,10 +75,12 @@ def load_quantised(path: Path, bits: int, device: torch.device) -> Any:
     quantised = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
     )
+    # The trainer's check that a quantised model lies on its device knows GPUs by number.
+    place = (device.index or 0) if device.type == "cuda" else "cpu"
     with _dense_directory(path) as dense:
         try:
             model = OPTForCausalLM.from_pretrained(
-                dense, quantization_config=quantised, dtype=compute, device_map={"": device}, use_safetensors=True
+                dense, quantization_config=quantised, dtype=compute, device_map={"": place}, use_safetensors=True
             )
         except (RuntimeError, NotImplementedError, ImportError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -76,9 +76,11 @@ def distillation_loss(logits: Tensor, teacher: Tensor, where: Tensor, temperatur
 
     Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2.
     """
-    student = F.log_softmax(logits[where].float() / temperature, -1)
-    target = F.log_softmax(teacher[where].float() / temperature, -1)
-    return F.kl_div(student, target, reduction="sum", log_target=True) * temperature**2
+    student = F.log_softmax(logits.float() / temperature, -1)
+    target = F.log_softmax(teacher.float() / temperature, -1)
+    # Weighed and not selected: picking positions out would wait for the device at every step.
+    divergence = F.kl_div(student, target, reduction="none", log_target=True).sum(-1)
+    return (divergence * where).sum() * temperature**2
 
 
 def hidden_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], where: Tensor) -> Tensor:
