@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +82,7 @@ class Recipe:
 
 def shipped_recipes() -> dict[str, Path]:
     """The recipes that come with the package, by name."""
-    folder = Path(str(resources.files("sparse_engine.study") / "recipes"))
-    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    return {file.stem: file for file in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
 
 
 def load_recipe(source: str) -> Recipe:
@@ -220,7 +218,7 @@ def _expand(value: Any) -> Any:
 
 def _variable(match: re.Match[str]) -> str:
     if match[1] == "SPARSE_ENGINE_ASSETS":
-        return str(resources.files("sparse_engine") / "assets")
+        return str(Path(__file__).parent.parent / "assets")
     if match[1] not in os.environ:
         raise InputError(f"the environment variable {match[1]} is not set: it names the folder that the recipe reads from")
     return os.environ[match[1]]
