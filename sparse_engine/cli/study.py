@@ -64,5 +64,5 @@ def study(
 
 
 def _command(recipe: str, device: str) -> str:
-    name = Path(recipe).name if Path(recipe).exists() else recipe
+    name = Path(recipe).name if Path(recipe).is_file() else recipe
     return shlex.join(["sparse-engine", "study", name, "--device", device]) if "study" in sys.argv else f"sparse-engine study {name}"

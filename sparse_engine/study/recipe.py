@@ -95,7 +95,7 @@ def load_recipe(source: str) -> Recipe:
     """
     shipped = shipped_recipes()
     path = Path(source)
-    if not path.exists():
+    if not path.is_file():
         name = path.name.removesuffix(".yaml")
         if name not in shipped or path.parent != Path():
             raise InputError(f"there is no recipe {source}: give a file, or one of {', '.join(shipped)}")
