@@ -57,6 +57,7 @@ struct Params {
   int units;    // ceil(cols / UNIT)
   int relu;     // clamp at 0 after the bias, before the residual
   int x_vector; // x rows are 16-byte aligned and cols is a multiple of 8
+  int y_vector; // y, bias and residual are 8-byte aligned and rows is a multiple of 4
   int depth;    // words of a lane's longest stream of one unit
 };
 
@@ -222,22 +223,46 @@ __device__ __forceinline__ void cluster_sync() {
 #endif
 }
 
-__device__ __forceinline__ float cluster_read(u32 address, int rank) {
-  float v = 0.0f;
+__device__ __forceinline__ float4 cluster_read(u32 address, int rank) {
+  float4 v = make_float4(0, 0, 0, 0);
 #if __CUDA_ARCH__ >= 900
   u32 remote;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(remote) : "memory");
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(remote) : "memory");
 #endif
   return v;
 }
 
-__device__ __forceinline__ void store_output(const Params& p, int n, int row, float v) {
-  if (p.bias) v += to_float(p.bias[row]);
+__device__ __forceinline__ void add(float4& sum, const float4& v) {
+  sum.x += v.x;
+  sum.y += v.y;
+  sum.z += v.z;
+  sum.w += v.w;
+}
+
+__device__ __forceinline__ float epilogue(const Params& p, float v, u16 bias, u16 residual) {
+  if (p.bias) v += to_float(bias);
   if (p.relu) v = fmaxf(v, 0.0f);
-  size_t at = (size_t)n * p.rows + row;
-  if (p.residual) v += to_float(p.residual[at]);
-  p.y[at] = from_float(v);
+  if (p.residual) v += to_float(residual);
+  return v;
+}
+
+// Four rows of the product for activation row n, of which those from p.rows on are padding.
+__device__ __forceinline__ void store_four(const Params& p, int n, int row, const float4& sums) {
+  const float v[4] = {sums.x, sums.y, sums.z, sums.w};
+  const size_t at = (size_t)n * p.rows + row;
+  if (p.y_vector) {
+    if (row >= p.rows) return;
+    const ushort4 bias = p.bias ? *(const ushort4*)(p.bias + row) : make_ushort4(0, 0, 0, 0);
+    const ushort4 residual = p.residual ? *(const ushort4*)(p.residual + at) : make_ushort4(0, 0, 0, 0);
+    *(ushort4*)(p.y + at) = make_ushort4(from_float(epilogue(p, v[0], bias.x, residual.x)), from_float(epilogue(p, v[1], bias.y, residual.y)),
+                                         from_float(epilogue(p, v[2], bias.z, residual.z)), from_float(epilogue(p, v[3], bias.w, residual.w)));
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (row + i < p.rows)
+      p.y[at + i] = from_float(epilogue(p, v[i], p.bias ? p.bias[row + i] : (u16)0, p.residual ? p.residual[at + i] : (u16)0));
 }
 
 // Puts a warp's accumulators where finish_and_store sums them. acc[rt][nt] is an m16n8 fragment.
@@ -259,30 +284,31 @@ __device__ __forceinline__ void collect(unsigned char* smem, const Params& p, fl
 
 // Sums what the warps have collected over k-warps and cluster blocks and writes y; every thread of the block calls it, after a barrier.
 __device__ __forceinline__ void finish_and_store(unsigned char* smem, const Params& p) {
-  float* red = (float*)smem;
-  const int first_row = blockIdx.x * BLOCK_ROWS, plane = 8 * N_TILES * RED_PITCH;
-  const int splits = gridDim.y, rank = blockIdx.y;
-  for (int e = threadIdx.x; e < p.m * BLOCK_ROWS; e += THREADS) {
-    int n = e / BLOCK_ROWS, row = e % BLOCK_ROWS;
-    float v = red[n * RED_PITCH + row];
+  constexpr int PLANE = 8 * N_TILES * RED_PITCH / 4, PITCH = RED_PITCH / 4, FOURS = BLOCK_ROWS / 4;
+  float4* red = (float4*)smem;
+  const int first_row = blockIdx.x * BLOCK_ROWS, splits = gridDim.y, rank = blockIdx.y;
+  if (splits == 1 || WARPS_K > 1) {
+    for (int e = threadIdx.x; e < p.m * FOURS; e += THREADS) {
+      const int n = e / FOURS, four = e % FOURS;
+      float4 sum = red[n * PITCH + four];
 #pragma unroll
-    for (int k = 1; k < WARPS_K; ++k)
-      v += red[k * plane + n * RED_PITCH + row];
-    if (splits == 1) {
-      if (first_row + row < p.rows) store_output(p, n, first_row + row, v);
-    } else {
-      red[n * RED_PITCH + row] = v;
+      for (int k = 1; k < WARPS_K; ++k)
+        add(sum, red[k * PLANE + n * PITCH + four]);
+      if (splits == 1)
+        store_four(p, n, first_row + four * 4, sum);
+      else
+        red[n * PITCH + four] = sum;
     }
+    if (splits == 1) return;
   }
-  if (splits == 1) return;
   cluster_sync();
-  for (int e = rank * THREADS + threadIdx.x; e < p.m * BLOCK_ROWS; e += splits * THREADS) {
-    int n = e / BLOCK_ROWS, row = e % BLOCK_ROWS;
-    u32 address = shared_address(red + n * RED_PITCH + row);
-    float v = 0.0f;
-    for (int s = 0; s < splits; ++s)
-      v += cluster_read(address, s);
-    if (first_row + row < p.rows) store_output(p, n, first_row + row, v);
+  for (int e = rank * THREADS + threadIdx.x; e < p.m * FOURS; e += splits * THREADS) {
+    const int n = e / FOURS, four = e % FOURS;
+    const u32 address = shared_address(red + n * PITCH + four);
+    float4 sum = cluster_read(address, 0);
+    for (int s = 1; s < splits; ++s)
+      add(sum, cluster_read(address, s));
+    store_four(p, n, first_row + four * 4, sum);
   }
   // A block may not leave while others still read its shared memory.
   cluster_sync();

@@ -11,6 +11,7 @@
 #define UNSTRUCTURED (PATTERN == 0)
 #include "decode_common.cuh"
 #include "expand.cuh"
+#include "bulk.cuh"
 #include "wgmma.cuh"
 #if UNSTRUCTURED
 #include "paired.cuh"
@@ -117,6 +118,7 @@ struct Weights {
   const uint4* source;
 
   __device__ __forceinline__ void fetch(int slot, int round, u64 policy) const {
+    barrier_expect(barriers + 8 * slot, SLOT_BYTES);
     bulk_copy(slots + slot * SLOT_BYTES, source + (size_t)round * (SLOT_BYTES / 16), SLOT_BYTES, barriers + 8 * slot, policy);
   }
 
@@ -214,6 +216,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_wgmma(c
       Ring ring = {0, 1};
       for (int stage = 0; stage < rounds * (UNIT / 64 / X_SUBTILES); ++stage) {
         barrier_wait(empty + 8 * ring.slot, ring.parity);
+        barrier_expect(full + 8 * ring.slot, X_STAGE_BYTES);
         bulk_copy(smem + ring.slot * X_STAGE_BYTES, image + (size_t)stage * X_STAGE_BYTES, X_STAGE_BYTES, full + 8 * ring.slot, keep);
         ring.advance(X_STAGES);
       }
@@ -226,7 +229,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_wgmma(c
     weights.multiply_all(acc[0], p, x, rounds, policy);
     wait_products<0>();
     wait_predecessor();
+#if UNSTRUCTURED
     asm volatile("cp.async.wait_group 0;" ::: "memory");
+#endif
     // The buffers become the place of the sums.
     __syncthreads();
     collect(dynamic, p, acc);

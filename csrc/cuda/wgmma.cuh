@@ -1,4 +1,4 @@
-// Warpgroup products and the barriers around them (sm_90a). Needs N_TILES and ELEM_BF16, and decode_common.cuh before it.
+// Warpgroup products (sm_90a). Needs N_TILES and ELEM_BF16, and decode_common.cuh before it.
 //
 // d is a warpgroup's m64 x n(8 * N_TILES) accumulator: warp w of the four holds rows 16w .. 16w + 15, each n-tile as one m16n8 fragment.
 // A comes from registers, in the fragment order of mma.m16n8k16 (dense) and mma.sp.m16n8k32 (sparse); B from shared memory, one row of
@@ -82,36 +82,4 @@ __device__ __forceinline__ void wait_products() {
 // pattern of 128 bytes.
 __device__ __forceinline__ u64 describe(u32 address) {
   return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
-}
-
-// Makes this thread's writes to shared memory visible to wgmma and to bulk copies.
-__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-__device__ __forceinline__ void barrier_init(u32 barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-__device__ __forceinline__ void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-
-__device__ __forceinline__ void barrier_arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-  asm volatile("{\n"
-               ".reg .pred done;\n"
-               "again:\n"
-               "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-               "@!done bra again;\n"
-               "}" ::"r"(barrier),
-               "r"(parity)
-               : "memory");
-}
-
-// Announces `bytes` at `barrier` and starts copying them from `source` to shared address `target`; both 16-byte aligned.
-__device__ __forceinline__ void bulk_copy(u32 target, const void* source, u32 bytes, u32 barrier, u64 policy) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(target),
-               "l"(source), "r"(bytes), "r"(barrier), "l"(policy)
-               : "memory");
 }

@@ -119,7 +119,7 @@ class WarpgroupSource(Source):
 
 def _stream_bytes(tile: Tile, depth: int) -> int:
     """The expansion table and the slots of every warp: a pair that keeps nothing reads one word before or behind a stream."""
-    return 256 * 8 * tile.table_copies + tile.stages * tile.warps_row * tile.warps_k * (depth + 2) * 128 + 128
+    return 256 * 8 * tile.table_copies + 128 + tile.stages * tile.warps_row * tile.warps_k * (depth + 2) * 128
 
 
 class _Params(ctypes.Structure):
@@ -127,7 +127,7 @@ class _Params(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "masks", "offsets", "counts", "x", "bias", "residual", "y")),
-        *((name, ctypes.c_int) for name in ("m", "rows", "cols", "ldx", "units", "relu", "x_vector", "depth")),
+        *((name, ctypes.c_int) for name in ("m", "rows", "cols", "ldx", "units", "relu", "x_vector", "y_vector", "depth")),
     )
 
 
@@ -261,6 +261,8 @@ def run_decode(
     stride, itemsize = flat.stride(0), x.element_size()
     pointer, out = flat.data_ptr(), y.data_ptr()
     vector = int(pointer % 16 == 0 and columns % 8 == 0 and (m == 1 or stride % 8 == 0))
+    stored = (out, *(t.data_ptr() for t in (bias, residual) if t is not None))
+    y_vector = int(rows % 4 == 0 and all(at % 8 == 0 for at in stored))
     pointers: tuple[int | None, int | None, int | None] = (None, None, None)
     depth, parts = 0, 1
     if streams is not None:
@@ -286,6 +288,7 @@ def run_decode(
             units,
             int(relu),
             vector,
+            y_vector,
             depth,
         )
         if isinstance(source, WarpgroupSource):

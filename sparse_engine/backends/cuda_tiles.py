@@ -84,8 +84,11 @@ _MORE_ROWS = {
         (1, 4, 4, 1, 2),
     ],
 }
-_WARPGROUPS = ((4, 4, 2), (8, 2, 1), (12, 2, 1), (16, 2, 1))
+_WARPGROUPS = ((4, 4, 2), (8, 2, 1), (12, 2, 1))
+"""Four warpgroups would leave too few registers for 128 activation rows, and were never the fastest for fewer."""
 _SPLITS = (1, 2, 4, 8)
+_SMALL = 1 << 24
+"""Weights of more elements are faster through wgmma from 32 activation rows on, whatever the tile."""
 
 
 def _tile(source: Source, n_tiles: int, shape: tuple[int, int, int, int, int]) -> Tile:
@@ -94,7 +97,7 @@ def _tile(source: Source, n_tiles: int, shape: tuple[int, int, int, int, int]) -
     held = row_tiles * n_tiles
     copies = 16
     if source is MMA_UNSTRUCTURED:
-        registers = 112 if n_tiles <= 2 else 128 if n_tiles <= 4 else 168
+        registers = 88 if n_tiles == 1 else 104 if n_tiles == 2 else 128 if n_tiles <= 4 else 168
         # A small block would spend longer on filling the table than it saves by reading it without conflicts.
         copies = 16 if warps_row * warps_k >= 12 else 8 if warps_row * warps_k >= 8 else 4
     elif held == 1:
@@ -109,9 +112,6 @@ def _warpgroup_tiles(source: WarpgroupSource, columns: int, m: int) -> Iterator[
     n_tiles = _warpgroup_columns(m)
     parts = unstructured_parts(columns) if source is WGMMA_UNSTRUCTURED else 1
     for warps_row, slots, blocks in _WARPGROUPS:
-        # 128 activation rows leave registers for three warpgroups.
-        if warps_row * n_tiles > 12 * 16:
-            continue
         for splits in _SPLITS:
             if splits * UNIT // parts > columns and splits > 1:
                 continue
@@ -126,12 +126,14 @@ def _warpgroup_columns(m: int) -> int:
     return next(n for n in (1, 2, 4, 8, 16) if m <= 8 * n)
 
 
-def _tiles(pattern: str, columns: int, m: int, here: Gpu) -> Iterator[tuple[Source, Tile]]:
+def _tiles(pattern: str, rows: int, columns: int, m: int, here: Gpu) -> Iterator[tuple[Source, Tile]]:
     for source in sources(pattern, here):
         if isinstance(source, WarpgroupSource):
             # Up to four rows the copy of x that it needs costs more than it brings.
             if m > 4:
                 yield from ((source, tile) for tile in _warpgroup_tiles(source, columns, m))
+            continue
+        if m >= 32 and rows * columns > _SMALL and here.arch == "sm_90a":
             continue
         shapes = _FEW_ROWS[pattern] if m <= 4 else _MORE_ROWS[pattern]
         for row_tiles, warps_row, warps_k, parts, splits in shapes:
@@ -149,8 +151,8 @@ def _tiles(pattern: str, columns: int, m: int, here: Gpu) -> Iterator[tuple[Sour
 def configs(pattern: str, problem: Problem, here: Gpu) -> list[Config]:
     """What tuning measures for ``problem``, as many rows at a time as the source takes."""
     found: dict[Config, None] = {}
-    for source, tile in _tiles(pattern, problem.in_features, min(problem.rows, 128), here):
-        depth = TYPICAL_DEPTH // tile.parts if source in _SOURCES["unstructured"] else 0
+    for source, tile in _tiles(pattern, problem.out_features, problem.in_features, min(problem.rows, 128), here):
+        depth = -(-TYPICAL_DEPTH // tile.parts) if source in _SOURCES["unstructured"] else 0
         try:
             fitted = fit(source, tile, min(problem.rows, source.max_rows), depth, here)
         except KernelUnavailableError:
