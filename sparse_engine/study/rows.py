@@ -91,6 +91,7 @@ def table_line(result: Mapping[str, Any], dense: Mapping[str, Any] | None) -> di
             if f"{split}_{metric}" in published:
                 line[f"{split}_{metric}_published"] = published[f"{split}_{metric}"]
         line[f"{split}_answer_ppl"] = measured.get("answer_ppl")
+        line[f"{split}_tokens_per_second"] = measured.get("tokens_per_second")
         for metric in _MEASURES:
             interval = measured.get("metrics", {}).get(metric)
             line[f"{split}_{metric}"] = None if interval is None else interval["value"]

@@ -52,8 +52,10 @@ def _scorer(settings: MetricSettings) -> Any:
     model, layers = settings.bertscore_model, settings.bertscore_layers
     if model in _PACKAGED:
         module, folder, last = _PACKAGED[model]
-        if (found := importlib.util.find_spec(module)) is not None and found.origin is not None:
-            model, layers = str(Path(found.origin).parent / folder), layers or last
+        found = importlib.util.find_spec(module)
+        if found is None or found.origin is None:
+            raise InputError(f"BERTScore has no encoder {model}, whose package is not installed: {_HOW}")
+        model, layers = str(Path(found.origin).parent / folder), layers or last
     try:
         scorer = bert_score.BERTScorer(model_type=model, num_layers=layers, device=settings.device)
     except Exception as error:  # the encoder's loader raises many unrelated types for one cause: it is not there
