@@ -54,6 +54,7 @@ class Graph:
         self.recipe, self.device = recipe, device
         self._models: dict[str, Stage] = {}
         self._data: dict[str, list[Pair]] = {}
+        self._fingerprints: dict[str, str] = {}
 
     def examples(self, split: str) -> list[Pair]:
         """The examples of train, heldout, validation or test; heldout falls back to validation, and that to test."""
@@ -76,9 +77,9 @@ class Graph:
             if step.kind == "prune":
                 settings["calibration"] = self.recipe.calibration | dict(settings.get("calibration") or {})
                 if settings["calibration"]["source"] == "train":
-                    settings["data"] = fingerprint(self.examples("train"))
+                    settings["data"] = self._fingerprint("train")
             elif step.kind == "finetune":
-                settings["data"] = [fingerprint(self.examples(split)) for split in ("train", "heldout")]
+                settings["data"] = [self._fingerprint(split) for split in ("train", "heldout")]
                 if teacher := settings.pop("teacher", None):
                     inputs["teacher"] = self.checkpoint(self.recipe.rows[teacher])
             current = _stage(step.kind, settings, inputs)
@@ -90,7 +91,7 @@ class Graph:
         if settings["dtype"] == "auto":
             settings["dtype"] = "bf16" if self.device == "cuda" else "fp32"
         settings["device"] = self.device
-        settings["data"] = {split: fingerprint(self.examples(split)) for split in self.splits()}
+        settings["data"] = {split: self._fingerprint(split) for split in self.splits()}
         return _stage("evaluate", settings, {"source": self.checkpoint(row)})
 
     def scores(self, row: Row) -> Stage:
@@ -101,6 +102,11 @@ class Graph:
         key = settings | {"bertscore_model": f"{named.parent.name}/{named.name}" if named.is_dir() else str(named)}
         stage = _stage("score", key, {"source": self.evaluation(row)})
         return Stage(stage.kind, stage.key, settings, stage.inputs)
+
+    def _fingerprint(self, split: str) -> str:
+        if split not in self._fingerprints:
+            self._fingerprints[split] = fingerprint(self.examples(split))
+        return self._fingerprints[split]
 
     def _model(self, name: str) -> Stage:
         if name not in self._models:
