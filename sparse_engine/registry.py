@@ -145,6 +145,10 @@ class Kernel(ABC):
         """The configurations that tuning measures for ``problem``; a kernel without any has one, the empty one."""
         return ((),)
 
+    def suggest(self, x: Tensor, layout: Layout, bias: Tensor | None) -> Sequence[Config]:
+        """Configurations that a library's own search finds for these tensors, which tuning measures before the others."""
+        return ()
+
     def compilations(self, problem: Problem, config: Config) -> Sequence[tuple[str, str, tuple[tuple[str, int], ...]]]:
         """The (source, arch, macros) of :func:`cuda.compile_cubin` that running ``config`` needs, so that tuning compiles them at once."""
         return ()

@@ -273,6 +273,9 @@ def run_decode(
     while first < m:
         source, tile = choose(x.dtype, rows, columns, m - first, here)
         count = min(source.max_rows, m - first)
+        if streams is not None:
+            # What the layout has, whatever a table says.
+            tile = replace(tile, parts=parts)
         tile = fit(source, tile, count, depth, here)
         params = _Params(
             weight.data_ptr(),

@@ -5,8 +5,9 @@ A configuration, as tuning tables hold it, is the source's file and the tile's f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from functools import cache
 
 import torch
@@ -87,6 +88,7 @@ _MORE_ROWS = {
 _WARPGROUPS = ((4, 4, 2), (8, 2, 1), (12, 2, 1))
 """Four warpgroups would leave too few registers for 128 activation rows, and were never the fastest for fewer."""
 _SPLITS = (1, 2, 4, 8)
+_FAR = math.log(3.2)
 _SMALL = 1 << 24
 """Weights of more elements are faster through wgmma from 32 activation rows on, whatever the tile."""
 
@@ -108,17 +110,23 @@ def _tile(source: Source, n_tiles: int, shape: tuple[int, int, int, int, int]) -
     return Tile(n_tiles, row_tiles, warps_row, warps_k, parts, splits, 2, blocks, copies)
 
 
-def _warpgroup_tiles(source: WarpgroupSource, columns: int, m: int) -> Iterator[Tile]:
+def _warpgroup_tiles(source: WarpgroupSource, rows: int, columns: int, m: int, here: Gpu) -> list[Tile]:
+    """Tiles by how near their blocks come to one for each multiprocessor, without those that are far from it."""
     n_tiles = _warpgroup_columns(m)
-    parts = unstructured_parts(columns) if source is WGMMA_UNSTRUCTURED else 1
+    unstructured = source is WGMMA_UNSTRUCTURED
+    parts = unstructured_parts(columns) if unstructured else 1
+    found: list[tuple[float, Tile]] = []
     for warps_row, slots, blocks in _WARPGROUPS:
         for splits in _SPLITS:
-            if splits * UNIT // parts > columns and splits > 1:
+            if splits > 1 and splits * UNIT // parts > columns:
                 continue
-            if source is WGMMA_UNSTRUCTURED:
-                yield Tile(n_tiles, 1, warps_row, 1, parts, splits, 2, 1, 8 if warps_row == 4 else 16)
-            else:
-                yield Tile(n_tiles, 1, warps_row, 1, 1, splits, slots, blocks)
+            share = -(-rows // (16 * warps_row)) * splits / here.processors
+            tile = Tile(n_tiles, 1, warps_row, 1, parts, splits, slots, blocks)
+            if unstructured:
+                tile = replace(tile, stages=2, min_blocks=1, table_copies=8 if warps_row == 4 else 16)
+            found.append((abs(math.log(share)), tile))
+    found.sort(key=lambda each: each[0])
+    return [tile for distance, tile in found if distance < _FAR] or [found[0][1]]
 
 
 def _warpgroup_columns(m: int) -> int:
@@ -127,11 +135,12 @@ def _warpgroup_columns(m: int) -> int:
 
 
 def _tiles(pattern: str, rows: int, columns: int, m: int, here: Gpu) -> Iterator[tuple[Source, Tile]]:
-    for source in sources(pattern, here):
+    """Sources and tiles worth measuring, the likely ones first."""
+    for source in sources(pattern, here)[:: -1 if m >= 16 and rows * columns > _SMALL else 1]:
         if isinstance(source, WarpgroupSource):
             # Up to four rows the copy of x that it needs costs more than it brings.
             if m > 4:
-                yield from ((source, tile) for tile in _warpgroup_tiles(source, columns, m))
+                yield from ((source, tile) for tile in _warpgroup_tiles(source, rows, columns, m, here))
             continue
         if m >= 32 and rows * columns > _SMALL and here.arch == "sm_90a":
             continue
@@ -191,9 +200,7 @@ def _rule(pattern: str, rows: int, columns: int, m: int, here: Gpu) -> tuple[Sou
     parts = unstructured_parts(columns) if pattern == "unstructured" else 1
     units = -(-columns * parts // UNIT)
     if isinstance(source, WarpgroupSource):
-        # As many blocks as multiprocessors, by splitting the columns.
-        found = list(_warpgroup_tiles(source, columns, count))
-        return source, min(found, key=lambda t: (abs(-(-tiles // t.warps_row) * t.splits - here.processors), t.splits))
+        return source, _warpgroup_tiles(source, rows, columns, count, here)[0]
     n_tiles = -(-count // 8)
     crowded = tiles > 2.5 * here.processors
     splits = 1

@@ -132,6 +132,10 @@ class TorchSemiStructuredKernel(Kernel):
         splits = ((1, -1), (-1, -1)) if hopper else ((1, -1), (2, 1), (4, 1), (4, 2))
         return [(algorithm, *split) for split in splits for algorithm in range(_ALGORITHMS)]
 
+    def suggest(self, x: Tensor, layout: Layout, bias: Tensor | None) -> Sequence[Config]:
+        padded = F.pad(x, (0, 0, 0, -x.shape[0] % _ROWS)).contiguous()
+        return [(int(torch._cslt_sparse_mm_search(layout["compressed"], padded.t(), bias, transpose_result=True)), 1, -1)]
+
     def layout_nbytes(self, problem: Problem, packed: PackedWeight) -> int | None:
         return problem.dense_nbytes * 9 // 16 + problem.out_features * -(-problem.in_features // 8)
 

@@ -210,7 +210,7 @@ class _Weight:
         for i, kernel in enumerate(kernels):
             self.copies(kernel)
             begun, share = time.perf_counter(), left / (len(kernels) - i)
-            for config in self._ordered(kernel, problem):
+            for config in self._ordered(kernel, problem, bucket.rows):
                 if time.perf_counter() - begun > share and any(c.kernel is kernel for c in tried):
                     break
                 self._try(kernel, config, bucket.rows, pool, tried, wrong)
@@ -219,11 +219,20 @@ class _Weight:
         self.last_best = {name: measured.config for name, measured in settled.items()}
         return settled, wrong
 
-    def _ordered(self, kernel: Kernel, problem: Problem) -> list[Config]:
-        """The best for the last number of rows first: should the time run out, the likely ones have been tried."""
+    def _ordered(self, kernel: Kernel, problem: Problem, rows: int) -> list[Config]:
+        """The likely ones first, should the time run out: the best for the last number of rows, and what a library's search finds."""
         configs = list(kernel.configs(problem))
         last = self.last_best.get(kernel.name)
-        return [last, *(c for c in configs if c != last)] if last in configs else configs
+        likely = [config for config in (last, *self._suggested(kernel, rows)) if config in configs]
+        return list(dict.fromkeys(likely + configs))
+
+    def _suggested(self, kernel: Kernel, rows: int) -> Sequence[Config]:
+        try:
+            return kernel.suggest(self.x[:rows], self.copies(kernel)[0], self.bias)
+        except RuntimeError:
+            # A library without an answer; a broken device would refuse this as well, and end the run.
+            torch.cuda.synchronize()
+            return ()
 
     def _try(self, kernel: Kernel, config: Config, rows: int, pool: object, tried: list[Candidate], wrong: list[str]) -> None:
         x, expected = self.x[:rows], self.expected[:rows]
