@@ -6,7 +6,7 @@ import itertools
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparse_engine import cuda, formats, registry
-from sparse_engine.backends import cuda_decode, cuda_nm, cuda_tiles
+from sparse_engine.backends import cuda_decode, cuda_nm, cuda_tiles, cuda_unstructured
 from sparse_engine.errors import InputError, KernelUnavailableError
 from sparse_engine.formats.base import PackedWeight
 from sparse_engine.linear import SparseLinear
@@ -22,6 +22,7 @@ from sparse_engine.mask import Mask
 from sparse_engine.pattern import SparsityPattern
 
 H200 = cuda_decode.Gpu("NVIDIA H200", "sm_90a", 132, True, 232448)
+A100 = cuda_decode.Gpu("NVIDIA A100-SXM4-80GB", "sm_80", 108, False, 166912)
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 KERNEL_OF = {"2:4": "cuda_nm", "4:8": "cuda_nm", "0.5": "cuda_unstructured", "0.7": "cuda_unstructured"}
 SHAPES = {
@@ -94,6 +95,19 @@ def test_fragments_hold_every_byte_of_an_unpadded_weight_once() -> None:
     assert torch.equal(fragments[:, :, 0].flatten().sort().values, packed.tensors["bitmask"].flatten().sort().values)
 
 
+def test_words_of_an_octet_are_filled_from_the_front() -> None:
+    for byte in range(256):
+        places = cuda_unstructured.octet_places(byte)
+        taken = [place for place in places if place >= 0]
+        assert [place >= 0 for place in places] == [bool(byte >> column & 1) for column in range(8)]
+        # Every word is used, and of an odd number of values only the last word's second half is free: octet B's single goes there.
+        assert sorted(taken) == list(range(len(taken)))
+        # One word serves a pair, which is all that a lane loads for it.
+        for pair in range(4):
+            if byte >> 2 * pair & 3 == 3:
+                assert places[2 * pair] // 2 == places[2 * pair + 1] // 2
+
+
 def test_sparse_metadata_names_the_kept_positions() -> None:
     # Mask byte: group 0 keeps columns 1 and 2, group 1 keeps 0 and 3.
     assert int(cuda_nm._metadata_table(torch.device("cpu"))[0b1001_0110]) == (1 | 2 << 2) | (0 | 3 << 2) << 4
@@ -118,20 +132,38 @@ COMPILED = list(
 )
 
 
-@pytest.mark.parametrize(("source", "tile"), COMPILED, ids=str)
-def test_chosen_tiles_compile_within_their_registers(source: cuda_decode.Source, tile: cuda_decode.Tile, tmp_path: Path) -> None:
-    if (nvcc := shutil.which("nvcc")) is None:
+def nvcc(arch: str, file: str, macros: Mapping[str, int], folder: Path) -> str:
+    """What the assembler says of a source's registers; skips where there is no compiler."""
+    if (found := shutil.which("nvcc")) is None:
         pytest.skip("no nvcc on the PATH; the kernels are compiled by NVRTC where a GPU is")
-    macros = {**tile.macros(), **dict(source.macros), "ELEM_BF16": 1}
-    file = str(cuda.source_folder() / source.file)
-    command = [nvcc, "-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-Xptxas", "-v", "-o", str(tmp_path / "out.cubin"), file]
+    target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    command = [found, target, "-std=c++17", "-cubin", "-Xptxas", "-v", "-o", str(folder / "out.cubin"), str(cuda.source_folder() / file)]
     result = subprocess.run([*command, *(f"-D{k}={v}" for k, v in macros.items())], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    spills = re.search(r"(\d+) bytes spill stores", result.stderr)
+    return result.stderr
+
+
+@pytest.mark.parametrize(("source", "tile"), COMPILED, ids=str)
+def test_chosen_tiles_compile_within_their_registers(source: cuda_decode.Source, tile: cuda_decode.Tile, tmp_path: Path) -> None:
+    said = nvcc("90a", source.file, dict(cuda_decode.macros_of(source, tile, torch.bfloat16)), tmp_path)
+    spills = re.search(r"(\d+) bytes spill stores", said)
     assert spills is not None
     # A few registers of a prologue may spill where the tile was measured as the fastest all the same; accumulators may not.
     assert int(spills[1]) <= 64
-    assert "serialized" not in result.stderr
+    assert "serialized" not in said
+
+
+def test_activations_are_arranged_for_every_wgmma_kernel(tmp_path: Path) -> None:
+    for source, tile in COMPILED:
+        if isinstance(source, cuda_decode.WarpgroupSource):
+            nvcc("90a", "arrange.cu", dict(cuda_decode.arrange_macros(source, tile)), tmp_path)
+
+
+@pytest.mark.parametrize("pattern", list(KERNEL_NAMES))
+def test_kernels_on_mma_compile_for_ampere(pattern: str, tmp_path: Path) -> None:
+    source, tile = cuda_tiles.choose(KERNEL_NAMES[pattern], pattern, torch.float16, 4096, 4096, 8, A100)
+    assert not isinstance(source, cuda_decode.WarpgroupSource)
+    nvcc("80", source.file, dict(cuda_decode.macros_of(source, tile, torch.float16)), tmp_path)
 
 
 @pytest.mark.parametrize("m", [1, 2, 7, 8, 9, 16, 17, 64, 128])
