@@ -1,9 +1,6 @@
 // Barriers in shared memory and the bulk copies that they wait for (sm_90 and newer).
 #pragma once
 
-// Makes this thread's writes to shared memory visible to wgmma, and ends its use of what a bulk copy will overwrite.
-__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 __device__ __forceinline__ void barrier_init(u32 barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }

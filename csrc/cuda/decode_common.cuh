@@ -255,8 +255,9 @@ __device__ __forceinline__ void store_four(const Params& p, int n, int row, cons
     if (row >= p.rows) return;
     const ushort4 bias = p.bias ? *(const ushort4*)(p.bias + row) : make_ushort4(0, 0, 0, 0);
     const ushort4 residual = p.residual ? *(const ushort4*)(p.residual + at) : make_ushort4(0, 0, 0, 0);
-    *(ushort4*)(p.y + at) = make_ushort4(from_float(epilogue(p, v[0], bias.x, residual.x)), from_float(epilogue(p, v[1], bias.y, residual.y)),
-                                         from_float(epilogue(p, v[2], bias.z, residual.z)), from_float(epilogue(p, v[3], bias.w, residual.w)));
+    *(ushort4*)(p.y + at) =
+        make_ushort4(from_float(epilogue(p, v[0], bias.x, residual.x)), from_float(epilogue(p, v[1], bias.y, residual.y)),
+                     from_float(epilogue(p, v[2], bias.z, residual.z)), from_float(epilogue(p, v[3], bias.w, residual.w)));
     return;
   }
 #pragma unroll

@@ -1,7 +1,7 @@
 // y = x · Wᵀ for unstructured weights and few activation rows.
 //
-// W is cut into T = ceil(rows / 16) row tiles by U = ceil(cols / UNIT) units, stored as paired.cuh describes. A warp copies a unit's words to
-// shared memory as [word][lane], so that every lane reads its own stream without bank conflicts whatever its position.
+// W is cut into T = ceil(rows / 16) row tiles by U = ceil(cols / UNIT) units, stored as paired.cuh describes. A warp copies a unit's words
+// to shared memory as [word][lane], so that every lane reads its own stream without bank conflicts whatever its position.
 //   TABLE_COPIES   copies of the expansion table in shared memory, 1 to 16
 #define UNSTRUCTURED 1
 #define X_PAD 64
@@ -74,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_unstruc
       if (round + STAGES < mine) load_unit(p, first_unit + (size_t)(round + STAGES) * WARPS_K, units[slot], policy);
       const u32 base = slots + slot * slot_bytes + lane * 4;
       u32 x_address = x_lane + slot * stage_bytes;
-for_each_step(masks, base, my_table, [&](int s, const u32 (&a)[8]) {
+      for_each_step(masks, base, my_table, [&](int s, const u32(&a)[8]) {
 #pragma unroll
         for (int nt = 0; nt < N_TILES; ++nt) {
           u32 b[4];

@@ -97,7 +97,7 @@ struct Weights {
       Unit coming = next;
       if (round + 2 < rounds) load_unit(p, first + round + 2, coming, policy);
       const u32 base = slots + (round & 1) * slot_bytes + (threadIdx.x & 31) * 4;
-for_each_step(current.masks, base, table, [&](int s, const u32 (&a)[8]) {
+      for_each_step(current.masks, base, table, [&](int s, const u32(&a)[8]) {
         multiply(d, a, x.open(s));
         x.close(s);
       });
@@ -152,7 +152,7 @@ struct Weights {
 #pragma unroll
       for (int s = 0; s < 8; ++s) {
         if (s + 2 < 8) load_shared_x4(slot + (s + 3) * 512, values[(s + 2) % 3]);
-        const u32 (&now)[4] = values[s % 3];
+        const u32(&now)[4] = values[s % 3];
         const uint4 v = make_uint4(now[0], now[1], now[2], now[3]);
 #if PATTERN == 24
         a[s % 2] = v;

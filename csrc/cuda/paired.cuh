@@ -13,7 +13,8 @@
 //
 //   masks    [T][U][32 lanes][16 / PARTS bytes]: byte 2s for row g, 2s + 1 for row g + 8 of step s
 //   counts   [T][U][32 lanes] uint8: words of a lane's stream of the unit
-//   weight   of each unit, with `full` the fewest words of a lane: words 0 .. full - 1 as [word][lane], then each lane's further words, lane
+//   weight   of each unit, with `full` the fewest words of a lane: words 0 .. full - 1 as [word][lane], then each lane's further words,
+//   lane
 //            by lane; the unit's end is padded to 16 bytes
 //   offsets  [T * U + 1] where each unit's words start, in 16 bytes
 #pragma once
@@ -169,8 +170,7 @@ __device__ __forceinline__ void stage_words(const Params& p, u32 slot, int words
   for (int j = 0; j < longest - full; j += 4, target += 512, rest += 4) {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (j + i < further)
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target + i * 128), "l"(rest + i) : "memory");
+      if (j + i < further) asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target + i * 128), "l"(rest + i) : "memory");
   }
 }
 
