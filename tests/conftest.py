@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -89,3 +91,25 @@ def tiny_opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_opt_350m(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Like OPT-350m: post-norm, no final layer norm, embeddings of half the width with project_in and project_out."""
     return make_tiny_opt(tmp_path_factory.mktemp("checkpoints") / "tiny-opt-350m", do_layer_norm_before=False, word_embed_proj_dim=32)
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Run a command line in an empty working directory."""
+    from sparse_engine.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Result:
+        with pytest.raises(SystemExit) as stopped:
+            main([str(a) for a in arguments])
+        assert isinstance(stopped.value.code, int)
+        return Result(stopped.value.code, *capfd.readouterr())
+
+    return run

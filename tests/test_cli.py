@@ -8,11 +8,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import TEXT
+from conftest import TEXT, Result
 from safetensors.torch import load_file
 from transformers import OPTForCausalLM
 
@@ -21,26 +20,6 @@ from sparse_engine.cli import main
 
 ENTRY = [sys.executable, "-c", "from sparse_engine.cli import main; main()"]
 COMMANDS = ("convert", "demo", "generate", "inspect", "summarize")
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Run a command line in an empty working directory."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> Result:
-        with pytest.raises(SystemExit) as stopped:
-            main([str(a) for a in arguments])
-        assert isinstance(stopped.value.code, int)
-        return Result(stopped.value.code, *capfd.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="session")

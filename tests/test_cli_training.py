@@ -4,31 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from conftest import TEXT, make_tiny_opt
-
-from sparse_engine.cli import main
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> Result:
-        with pytest.raises(SystemExit) as stopped:
-            main([str(a) for a in arguments])
-        assert isinstance(stopped.value.code, int)
-        return Result(stopped.value.code, *capfd.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")

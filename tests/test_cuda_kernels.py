@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from products import expected_product, random_keep, relative_error
 from torch import Tensor
 
 from sparse_engine import cuda, formats, registry
@@ -40,9 +41,7 @@ def make_packed(pattern: str, shape: tuple[int, int], dtype: torch.dtype, device
     parsed = SparsityPattern.parse(pattern)
     weight = torch.randn(shape, generator=generator)
     if parsed.is_nm:
-        n, m = parsed.group
-        order = torch.rand(shape[0], shape[1] // m, m, generator=generator).argsort(-1)
-        keep = torch.zeros(order.shape, dtype=torch.bool).scatter_(2, order[..., :n], True).view(shape)
+        keep = random_keep(shape, parsed, generator)
     else:
         keep = torch.rand(shape, generator=generator) >= (parsed.sparsity or 0)
         # A dense block beside an empty one, so that lanes of a tile have streams of very different lengths.
@@ -51,15 +50,6 @@ def make_packed(pattern: str, shape: tuple[int, int], dtype: torch.dtype, device
     weight[shape[0] // 2] = 0.0
     weight[torch.rand(shape, generator=generator) < 0.05] = -0.0
     return formats.for_pattern(parsed).pack(weight.to(dtype), Mask(parsed, keep)).to(device)
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.double() - expected).norm() / expected.norm().clamp_min(1e-30))
-
-
-def expected_product(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
-    product = x.double() @ formats.get(packed.format).unpack(packed).double().T
-    return product if bias is None else product + bias.double()
 
 
 def op_call(

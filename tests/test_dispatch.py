@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from products import random_keep
 from torch import Tensor
 
 from sparse_engine import SparseLinear, formats, registry, tuning
@@ -35,9 +36,7 @@ def make_packed(pattern: str, shape: tuple[int, int], dtype: torch.dtype, device
     parsed = SparsityPattern.parse(pattern)
     weight = torch.randn(shape, generator=generator)
     if parsed.is_nm:
-        n, m = parsed.group
-        order = torch.rand(shape[0], shape[1] // m, m, generator=generator).argsort(-1)
-        keep = torch.zeros(order.shape, dtype=torch.bool).scatter_(2, order[..., :n], True).view(shape)
+        keep = random_keep(shape, parsed, generator)
     else:
         keep = torch.rand(shape, generator=generator) < parsed.density
         keep[0], keep[-1] = True, False

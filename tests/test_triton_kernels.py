@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from products import expected_product, relative_error
 from triton_products import (
     BITMASK,
     DEVICE,
@@ -18,13 +19,11 @@ from triton_products import (
     SPLIT,
     TOLERANCE,
     assert_product,
-    expected_product,
     launch,
     make_packed,
     needs_kernel,
     operands,
     packed_arguments,
-    relative_error,
 )
 
 from sparse_engine import formats, registry

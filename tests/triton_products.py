@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from products import expected_product, random_keep, relative_error
 from torch import Tensor
 
 from sparse_engine import formats, registry
@@ -72,24 +73,13 @@ def make_packed(pattern: str, shape: tuple[int, int], dtype: torch.dtype, device
     parsed = SparsityPattern.parse(pattern)
     weight = torch.randn(shape, generator=generator)
     if parsed.is_nm:
-        n, m = parsed.group
-        order = torch.rand(shape[0], shape[1] // m, m, generator=generator).argsort(-1)
-        keep = torch.zeros(order.shape, dtype=torch.bool).scatter_(2, order[..., :n], True).view(shape)
+        keep = random_keep(shape, parsed, generator)
     else:
         keep = torch.rand(shape, generator=generator) >= (parsed.sparsity or 0)
         keep[shape[0] // 3] = True
         if shape[0] > 2:
             keep[[0, shape[0] // 2, -1]] = False
     return formats.for_pattern(parsed).pack(weight.to(dtype), Mask(parsed, keep)).to(device)
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.double() - expected).norm() / expected.norm().clamp_min(1e-30))
-
-
-def expected_product(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
-    product = x.double() @ formats.get(packed.format).unpack(packed).double().T
-    return product if bias is None else product + bias.double()
 
 
 def packed_arguments(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> tuple[object, ...]:

@@ -273,7 +273,7 @@ def run_decode(
     while first < m:
         source, tile = choose(x.dtype, rows, columns, m - first, here)
         count = min(source.max_rows, m - first)
-        if streams is not None:
+        if streams is not None and tile.parts != parts:
             # What the layout has, whatever a table says.
             tile = replace(tile, parts=parts)
         tile = fit(source, tile, count, depth, here)
