@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import TEXT, make_tiny_opt
 
-from sparse_engine.errors import InputError
+from sparse_engine.errors import InputError, SparseEngineError
 from sparse_engine.study import stages as stages_module
 from sparse_engine.study.graph import Graph
 from sparse_engine.study.recipe import Recipe, load_recipe, shipped_recipes
@@ -241,7 +241,7 @@ def test_rows_run_apart_and_elsewhere_merge_into_one_report(recipe: Recipe, fini
     here, there = tmp_path / "here", tmp_path / "there"
     assert run_study(recipe, here, rows=["recovered"], score=False) == []
     shutil.copytree(here, there, ignore=shutil.ignore_patterns("*.safetensors", "checkpoint"))
-    run_study(recipe, there, rows=["recovered"])
+    run_study(recipe, there, score_only=True)
     assert list(_lines(there)) == ["recovered"]
     assert "Rows not run yet: base, full, merged." in (there / "table.md").read_text()
     shutil.copyfile(finished / "rows" / "full.json", there / "rows" / "full.json")
@@ -285,6 +285,24 @@ def test_fine_tuning_spreads_over_processes(recipe: Recipe, finished: Path, tmp_
     found = json.loads(record.read_text())["result"]
     assert found["steps"] == 3
     assert found["validation_loss"] > 0
+
+
+def test_stages_run_several_at_a_time(recipe: Recipe, folder: Path, tmp_path: Path) -> None:
+    run_study(recipe, tmp_path, rows=["recovered", "merged"], jobs=2, source=str(folder / "tiny.yaml"))
+    lines = _lines(tmp_path)
+    assert list(lines) == ["recovered", "merged"]
+    assert lines["recovered"]["speedup_batch_1"] is None  # its dense row was not asked for
+    made = {path.stem.partition("-")[0] for path in (tmp_path / "stages").glob("*.log")}
+    assert made == {"finetune", "prune", "merge"}
+
+
+def test_a_failed_stage_names_its_reason(recipe: Recipe, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text(RECIPE.replace("max_steps: 3", "max_steps: 4"))
+    with pytest.raises(SparseEngineError, match=r"finetune-.* failed with exit code 2: sparse-engine: the recipe has no stage finetune-"):
+        run_study(recipe, tmp_path / "out", rows=["full"], jobs=2, source=str(broken))
+    with pytest.raises(InputError, match="use one of the two"):
+        run_study(recipe, tmp_path / "out", rows=["full"], jobs=2, processes=2)
 
 
 def test_the_smoke_recipe_runs_from_the_command_line(tmp_path: Path) -> None:

@@ -24,7 +24,13 @@ def study(
         str | None, typer.Option("--rows", metavar="ID,ID", help="Run these rows alone; the report has all that are done.")
     ] = None,
     processes: Annotated[int, typer.Option("--processes", min=1, help="GPUs that fine-tuning is launched on by accelerate.")] = 1,
+    jobs: Annotated[
+        int, typer.Option("--jobs", min=1, help="Pruning and training stages at a time on the device; what is measured runs alone.")
+    ] = 1,
     no_score: Annotated[bool, typer.Option("--no-score", help="Leave scoring to a later run, here or where the libraries are.")] = False,
+    score_only: Annotated[
+        bool, typer.Option("--score-only", help="Run no model; score the evaluations that are there, whatever device made them.")
+    ] = False,
     report_only: Annotated[bool, typer.Option("--report", help="Run nothing; write the report of the rows that are there.")] = False,
     list_rows: Annotated[bool, typer.Option("--list", help="Print the recipe's rows and stop.")] = False,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")] = "cuda" if torch.cuda.is_available() else "cpu",
@@ -47,6 +53,8 @@ def study(
     chosen = None if rows is None else [name.strip() for name in rows.split(",") if name.strip()]
     if chosen == []:
         raise InputError("--rows is empty; leave it out for all rows")
+    if sum((no_score, score_only, report_only)) > 1:
+        raise InputError("--no-score, --score-only and --report exclude each other")
     quiet_transformers()
     files = run_study(
         found,
@@ -54,15 +62,21 @@ def study(
         rows=chosen,
         device=place,
         processes=processes,
+        jobs=jobs,
+        source=recipe,
         score=not no_score,
+        score_only=score_only,
         report_only=report_only,
-        command=_command(recipe, device),
+        command=_command(recipe, device, jobs),
         track=console_track,
     )
     for file in files:
         typer.echo(str(file))
 
 
-def _command(recipe: str, device: str) -> str:
+def _command(recipe: str, device: str, jobs: int) -> str:
     name = Path(recipe).name if Path(recipe).is_file() else recipe
-    return shlex.join(["sparse-engine", "study", name, "--device", device]) if "study" in sys.argv else f"sparse-engine study {name}"
+    several = ["--jobs", str(jobs)] if jobs > 1 else []
+    return (
+        shlex.join(["sparse-engine", "study", name, "--device", device, *several]) if "study" in sys.argv else f"sparse-engine study {name}"
+    )

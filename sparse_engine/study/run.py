@@ -14,7 +14,8 @@ from sparse_engine.checkpoint.writer import write_json
 from sparse_engine.errors import InputError
 from sparse_engine.progress import Track, silent
 from sparse_engine.study.graph import Graph
-from sparse_engine.study.recipe import Recipe
+from sparse_engine.study.parallel import prepare
+from sparse_engine.study.recipe import Recipe, Row
 from sparse_engine.study.report import write_report
 from sparse_engine.study.rows import row_result
 from sparse_engine.study.stages import Stages
@@ -29,7 +30,10 @@ def run_study(
     rows: Sequence[str] | None = None,
     device: torch.device | str = "cpu",
     processes: int = 1,
+    jobs: int = 1,
+    source: str = "",
     score: bool = True,
+    score_only: bool = False,
     report_only: bool = False,
     command: str = "",
     track: Track = silent,
@@ -40,7 +44,11 @@ def run_study(
     machines are merged by putting their files into the same folders. A row builds what it needs of other rows.
 
     Args:
+        processes: GPUs that each fine-tuning is launched on by accelerate.
+        jobs: pruning and training stages at a time on ``device``; what is measured runs alone. Above 1 it needs ``source``.
+        source: the recipe as it was named to :func:`~sparse_engine.study.recipe.load_recipe`.
         score: False leaves the scoring to another run, which finds the predictions in ``out``/stages.
+        score_only: score the evaluations that are in ``out``/stages, whatever device made them, and run no model.
         report_only: run nothing, write the report of the rows that are there.
 
     Raises:
@@ -49,12 +57,19 @@ def run_study(
     chosen = list(recipe.rows) if rows is None else list(rows)
     if unknown := [name for name in chosen if name not in recipe.rows]:
         raise InputError(f"the recipe has no row {unknown[0]!r}: it has {', '.join(recipe.rows)}")
+    if jobs > 1 and processes > 1:
+        raise InputError(f"{jobs} jobs share one device and {processes} processes spread one job over several: use one of the two")
     place = torch.device(device)
     finished = out / "rows"
     finished.mkdir(parents=True, exist_ok=True)
-    if not report_only:
+    if score_only:
+        for name in chosen:
+            _score_found(recipe, recipe.rows[name], out, track)
+    elif not report_only:
         graph = Graph(recipe, place.type)
         stages = Stages(graph, out / "stages", place, processes, track)
+        if jobs > 1:
+            prepare(graph, stages, [recipe.rows[name] for name in chosen], source, jobs)
         for number, name in enumerate(chosen, 1):
             row = recipe.rows[name]
             typer.echo(f"row {number} of {len(chosen)}: {name}", err=True)
@@ -69,3 +84,13 @@ def run_study(
     if not score and not results:
         return []
     return write_report(recipe, results, out, command)
+
+
+def _score_found(recipe: Recipe, row: Row, out: Path, track: Track) -> None:
+    for device in ("cuda", "cpu"):
+        graph = Graph(recipe, device)
+        stages = Stages(graph, out / "stages", torch.device("cpu"), 1, track)
+        if stages.has(graph.evaluation(row)):
+            stages.ensure(graph.scores(row))
+            write_json(out / "rows" / f"{row.id}.json", row_result(row, graph, stages, examples=recipe.examples))
+            return

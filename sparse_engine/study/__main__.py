@@ -1,0 +1,33 @@
+"""``python -m sparse_engine.study RECIPE OUT STAGE DEVICE``: makes one stage, as a process of a study that runs several at a time."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from sparse_engine.cli.common import quiet_transformers
+from sparse_engine.errors import SparseEngineError
+from sparse_engine.progress import console_track
+from sparse_engine.study.graph import Graph
+from sparse_engine.study.parallel import find_stage
+from sparse_engine.study.recipe import load_recipe
+from sparse_engine.study.stages import Stages
+
+
+def main(source: str, out: str, folder: str, device: str) -> int:
+    """Make the stage; 0 when done, 2 when it cannot be done, with the reason on standard error."""
+    quiet_transformers()
+    place = torch.device(device)
+    try:
+        graph = Graph(load_recipe(source), place.type)
+        Stages(graph, Path(out) / "stages", place, 1, console_track).ensure(find_stage(graph, folder))
+    except SparseEngineError as error:
+        sys.stderr.write(f"sparse-engine: {error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
