@@ -12,7 +12,8 @@ namespace {
 bool known(int32_t dtype) { return dtype >= 0 && dtype < kDtypes; }
 
 // Whether the arrays of a packed (rows, columns) weight can be what the header says, without reading the bitmask.
-bool valid(const PackedWeight& w, int64_t rows) {
+bool valid(const Weight& w) {
+  int64_t rows = w.rows;
   if (rows < 0 || w.columns < 0 || w.values_count < 0) return false;
   if (rows > 0 && w.columns > 0 && !w.bitmask) return false;
   if (w.values_count > 0 && !w.values) return false;
@@ -54,18 +55,12 @@ int32_t sparse_engine_linear(int32_t dtype, const void* x, const void* values, i
   const KernelSet* set;
   if (int32_t status = current_kernels(&set)) return status;
   if (!known(dtype) || m < 0 || threads < 1) return SPARSE_ENGINE_BAD_ARGUMENT;
-  PackedWeight w{static_cast<const uint8_t*>(values),
-                 values_count,
-                 element_bytes(dtype),
-                 bitmask,
-                 row_offsets,
-                 row_values,
-                 row_offsets ? 0 : group,
-                 columns};
-  if (!valid(w, rows)) return SPARSE_ENGINE_BAD_ARGUMENT;
+  Weight w{
+      dtype, rows, columns, static_cast<const uint8_t*>(values), values_count, bitmask, row_offsets, row_values, row_offsets ? 0 : group};
+  if (!valid(w)) return SPARSE_ENGINE_BAD_ARGUMENT;
   if (m == 0 || rows == 0) return SPARSE_ENGINE_OK;
   if (!y || (!x && columns > 0)) return SPARSE_ENGINE_BAD_ARGUMENT;
-  return packed_linear(*set, w, x, m, {dtype, bias, y, rows}, threads);
+  return linear(*set, w, dtype, x, m, {dtype, y, rows, bias, dtype}, threads);
 }
 
 int32_t sparse_engine_dense_linear(int32_t dtype, const void* x, const void* weight, const void* bias, void* y, int64_t m, int64_t rows,
@@ -75,7 +70,7 @@ int32_t sparse_engine_dense_linear(int32_t dtype, const void* x, const void* wei
   if (!known(dtype) || m < 0 || rows < 0 || columns < 0 || threads < 1) return SPARSE_ENGINE_BAD_ARGUMENT;
   if (m == 0 || rows == 0) return SPARSE_ENGINE_OK;
   if (!y || ((!x || !weight) && columns > 0)) return SPARSE_ENGINE_BAD_ARGUMENT;
-  return dense_linear(*set, weight, columns, x, m, {dtype, bias, y, rows}, threads);
+  return linear(*set, Weight::dense(dtype, rows, columns, weight), dtype, x, m, {dtype, y, rows, bias, dtype}, threads);
 }
 
 int32_t sparse_engine_expand_tile(int32_t dtype, int32_t out_dtype, const void* values, int64_t values_count, const uint8_t* bitmask,
@@ -85,18 +80,19 @@ int32_t sparse_engine_expand_tile(int32_t dtype, int32_t out_dtype, const void* 
   if (int32_t status = current_kernels(&set)) return status;
   if (!known(dtype) || (out_dtype != dtype && out_dtype != SPARSE_ENGINE_FP32) || row_begin < 0 || row_end < row_begin || threads < 1)
     return SPARSE_ENGINE_BAD_ARGUMENT;
-  PackedWeight w{static_cast<const uint8_t*>(values),
-                 values_count,
-                 element_bytes(dtype),
-                 bitmask,
-                 row_offsets,
-                 row_values,
-                 row_offsets ? 0 : group,
-                 columns};
-  if (!valid(w, row_end)) return SPARSE_ENGINE_BAD_ARGUMENT;
+  Weight w{dtype,
+           row_end,
+           columns,
+           static_cast<const uint8_t*>(values),
+           values_count,
+           bitmask,
+           row_offsets,
+           row_values,
+           row_offsets ? 0 : group};
+  if (!valid(w)) return SPARSE_ENGINE_BAD_ARGUMENT;
   if (row_begin == row_end || columns == 0) return SPARSE_ENGINE_OK;
   if (!out) return SPARSE_ENGINE_BAD_ARGUMENT;
-  return expand_tile(*set, w, dtype, out_dtype, row_begin, row_end, out, threads);
+  return expand_tile(*set, w, out_dtype, row_begin, row_end, out, threads);
 }
 
 int32_t sparse_engine_read(const void* data, int64_t bytes, int32_t threads, uint64_t* sum) {

@@ -19,6 +19,7 @@
 
 #include "kernels.h"
 #include "numeric.h"
+#include "sparse_engine.h"
 
 namespace sparse_engine {
 namespace {
@@ -161,30 +162,33 @@ inline const uint8_t* second_layout(const void* packed, int m, int64_t columns) 
   return static_cast<const uint8_t*>(packed) + sizeof(float) * size_t(m) * padded(columns);
 }
 
+inline __m256 load_fp32(Bf16, const uint8_t* p) { return Bf16Lanes::widen(p); }
+inline __m256 load_fp32(Fp16, const uint8_t* p) { return Fp16Lanes::widen(p); }
+inline __m256 load_fp32(Fp32, const uint8_t* p) { return Fp32Lanes::widen(p); }
+
 // Activations become fp32 (padded_columns / 8, m, 8): one running pointer with constant offsets.
-template <class T>
+template <class T, class X>
 void pack_x(const void* x, int m, int64_t columns, int64_t padded_columns, void* packed) {
-  constexpr int64_t kBytes = sizeof(typename T::Storage);
+  constexpr int64_t kBytes = sizeof(typename X::Storage);
   auto source = static_cast<const uint8_t*>(x);
   auto target = static_cast<float*>(packed);
   for (int64_t c = 0; c < padded_columns; c += 8)
     for (int i = 0; i < m; ++i, target += 8) {
       const uint8_t* from = source + (i * columns + c) * kBytes;
       if (c + 8 <= columns) {
-        _mm256_storeu_ps(target, T::widen(from));
+        _mm256_storeu_ps(target, load_fp32(X{}, from));
         continue;
       }
       for (int j = 0; j < 8; ++j)
-        target[j] = c + j < columns ? T::load(from + j * kBytes) : 0.0f;
+        target[j] = c + j < columns ? X::load(from + j * kBytes) : 0.0f;
     }
   if (!T::kCompresses) return;
-  auto half = reinterpret_cast<uint8_t*>(target);
+  auto whole = static_cast<const float*>(packed);
+  auto half = reinterpret_cast<uint16_t*>(target);
   for (int64_t c = 0; c < padded_columns; c += 16)
-    for (int i = 0; i < m; ++i, half += 16 * kBytes) {
-      int64_t left = columns - c < 16 ? columns - c : 16;
-      if (left < 16) memset(half, 0, 16 * kBytes);
-      if (left > 0) memcpy(half, source + (i * columns + c) * kBytes, size_t(left * kBytes));
-    }
+    for (int i = 0; i < m; ++i, half += 16)
+      for (int j = 0; j < 16; ++j)
+        half[j] = Bf16::round(whole[(c + j) / 8 * 8 * m + 8 * i + j % 8]);
 }
 
 inline uint64_t load_bits(const uint8_t* bitmask) {
@@ -347,12 +351,12 @@ struct Block {
 };
 
 template <class T, int M, int R, int F>
-void packed_rows(const uint8_t* const* values, const uint8_t* const* bitmask, const void* x, int64_t columns, float* out) {
+void packed_rows(const Rows& rows, const void* x, int64_t columns, float* out) {
   Block<T, M, R, F> block;
   block.x = static_cast<const float*>(x);
   for (int r = 0; r < R; ++r) {
-    block.values[r] = values[r];
-    block.bitmask[r] = bitmask[r];
+    block.values[r] = rows.values[r];
+    block.bitmask[r] = rows.bitmask[r];
     for (int i = 0; i < block.kSums; ++i)
       block.sum[r][i] = _mm256_setzero_ps();
   }
@@ -378,7 +382,7 @@ void packed_rows(const uint8_t* const* values, const uint8_t* const* bitmask, co
 constexpr int kPrefetch = 1024;
 
 template <class T, int M, int R>
-void dense_rows(const uint8_t* const* weight, const void* x, int64_t columns, float* out) {
+void dense_rows(const Rows& rows, const void* x, int64_t columns, float* out) {
   constexpr int64_t kBytes = sizeof(typename T::Storage);
   auto activations = static_cast<const float*>(x);
   __m256 sum[R][M];
@@ -387,7 +391,7 @@ void dense_rows(const uint8_t* const* weight, const void* x, int64_t columns, fl
       sum[r][m] = _mm256_setzero_ps();
   const uint8_t* row[R];
   for (int r = 0; r < R; ++r)
-    row[r] = weight[r];
+    row[r] = rows.values[r];
   auto step = [&](const uint8_t* const(&from)[R], const float* xs) {
     __m256 w[R];
 #pragma GCC unroll 4
@@ -459,7 +463,7 @@ void expand_to_fp32(const uint8_t* values, const uint8_t* bitmask, int64_t colum
 constexpr int rows_for(int m) { return m == 1 ? 4 : 2; }
 
 template <class T, int M>
-void fill(DtypeKernels& set) {
+void fill(ValueKernels& set) {
   set.packed[0][M] = packed_rows<T, M, rows_for(M), 0>;
   set.packed[1][M] = packed_rows<T, M, rows_for(M), 4>;
   set.packed_one[M] = packed_rows<T, M, 1, 0>;
@@ -469,14 +473,16 @@ void fill(DtypeKernels& set) {
 }
 
 template <class T>
-DtypeKernels kernels_for(ExpandRow expand) {
+ValueKernels kernels_for(ExpandRow expand) {
   constexpr int kMostActivations = 4;
-  DtypeKernels set{};
+  ValueKernels set{};
   set.x_bytes = sizeof(float) + (T::kCompresses ? sizeof(typename T::Storage) : 0);
   set.max_m = kMostActivations;
   set.rows_one = rows_for(1);
   set.rows_many = rows_for(2);
-  set.pack_x = pack_x<T>;
+  set.pack[SPARSE_ENGINE_BF16] = pack_x<T, Bf16>;
+  set.pack[SPARSE_ENGINE_FP16] = pack_x<T, Fp16>;
+  set.pack[SPARSE_ENGINE_FP32] = pack_x<T, Fp32>;
   set.expand = expand;
   set.expand_fp32 = expand_to_fp32<T>;
   fill<T, kMostActivations>(set);

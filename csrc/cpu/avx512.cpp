@@ -11,6 +11,7 @@
 
 #include "kernels.h"
 #include "numeric.h"
+#include "sparse_engine.h"
 
 namespace sparse_engine {
 namespace {
@@ -21,6 +22,13 @@ inline int count(uint64_t bits) { return int(_mm_popcnt_u64(bits)); }
 inline __m512i expand_words(const uint8_t* values, uint32_t mask) { return _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values)); }
 
 inline __mmask32 first(int64_t n) { return n >= 32 ? 0xffffffffu : (1u << n) - 1; }
+
+// The first n (all of them from 16 on) of 16 elements as fp32, zeros behind; no byte of the others is touched.
+inline __m512 load_fp32(Bf16, const uint8_t* p, int64_t n) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16(first(n)), p)), 16));
+}
+inline __m512 load_fp32(Fp16, const uint8_t* p, int64_t n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16(first(n)), p)); }
+inline __m512 load_fp32(Fp32, const uint8_t* p, int64_t n) { return _mm512_maskz_loadu_ps(__mmask16(first(n)), p); }
 
 // Each type says how many columns one step takes, and how a step's weights meet the activations.
 struct Bf16Step : Bf16 {
@@ -33,7 +41,12 @@ struct Bf16Step : Bf16 {
   static inline __m512 multiply(Weights w, const uint8_t* x, __m512 sum) {
     return _mm512_dpbf16_ps(sum, __m512bh(w), __m512bh(_mm512_loadu_si512(x)));
   }
-  static inline void pack(const uint8_t* from, int64_t n, uint8_t* to) { _mm512_storeu_si512(to, widen(from, n)); }
+  static inline void pack(Bf16, const uint8_t* from, int64_t n, uint8_t* to) { _mm512_storeu_si512(to, widen(from, n)); }
+  template <class X>
+  static inline void pack(X x, const uint8_t* from, int64_t n, uint8_t* to) {
+    __m512 low = load_fp32(x, from, n), high = n > 16 ? load_fp32(x, from + 16 * sizeof(typename X::Storage), n - 16) : _mm512_setzero_ps();
+    _mm512_storeu_si512(to, __m512i(_mm512_cvtne2ps_pbh(high, low)));
+  }
 };
 
 struct Fp16Step : Fp16 {
@@ -52,10 +65,10 @@ struct Fp16Step : Fp16 {
     sum = _mm512_fmadd_ps(w.low, _mm512_loadu_ps(x), sum);
     return _mm512_fmadd_ps(w.high, _mm512_loadu_ps(x + 64), sum);
   }
-  static inline void pack(const uint8_t* from, int64_t n, uint8_t* to) {
-    Weights both = widen(from, n);
-    _mm512_storeu_ps(to, both.low);
-    _mm512_storeu_ps(to + 64, both.high);
+  template <class X>
+  static inline void pack(X x, const uint8_t* from, int64_t n, uint8_t* to) {
+    _mm512_storeu_ps(to, load_fp32(x, from, n));
+    _mm512_storeu_ps(to + 64, n > 16 ? load_fp32(x, from + 16 * sizeof(typename X::Storage), n - 16) : _mm512_setzero_ps());
   }
 };
 
@@ -69,20 +82,23 @@ struct Fp32Step : Fp32 {
   static inline Weights widen(const uint8_t* p) { return _mm512_loadu_ps(p); }
   static inline Weights widen(const uint8_t* p, int64_t n) { return _mm512_maskz_loadu_ps(__mmask16(first(n)), p); }
   static inline __m512 multiply(Weights w, const uint8_t* x, __m512 sum) { return _mm512_fmadd_ps(w, _mm512_loadu_ps(x), sum); }
-  static inline void pack(const uint8_t* from, int64_t n, uint8_t* to) { _mm512_storeu_ps(to, widen(from, n)); }
+  template <class X>
+  static inline void pack(X x, const uint8_t* from, int64_t n, uint8_t* to) {
+    _mm512_storeu_ps(to, load_fp32(x, from, n));
+  }
 };
 
 // Activations become (padded_columns / kColumns, m, kColumns) of bf16 or fp32: one running pointer with constant offsets.
-template <class T>
+template <class T, class X>
 void pack_x(const void* x, int m, int64_t columns, int64_t padded_columns, void* packed) {
-  constexpr int64_t kBytes = sizeof(typename T::Storage);
+  constexpr int64_t kBytes = sizeof(typename X::Storage);
   auto source = static_cast<const uint8_t*>(x);
   auto target = static_cast<uint8_t*>(packed);
   for (int64_t c = 0; c < padded_columns; c += T::kColumns)
     for (int i = 0; i < m; ++i, target += T::kColumns * T::kXBytes) {
       int64_t left = columns - c;
       // No lane is loaded when nothing is left, so the address past the row is never touched.
-      T::pack(source + (i * columns + (left > 0 ? c : 0)) * kBytes, left < 0 ? 0 : left < T::kColumns ? left : T::kColumns, target);
+      T::pack(X{}, source + (i * columns + (left > 0 ? c : 0)) * kBytes, left < 0 ? 0 : left < T::kColumns ? left : T::kColumns, target);
     }
 }
 
@@ -136,8 +152,9 @@ struct Block {
 };
 
 template <class T, int M, int R>
-void packed_rows(const uint8_t* const* values, const uint8_t* const* bitmask, const void* x, int64_t columns, float* out) {
-  Block<T, M, R> block(values, x);
+void packed_rows(const Rows& rows, const void* x, int64_t columns, float* out) {
+  const uint8_t* const* bitmask = rows.bitmask;
+  Block<T, M, R> block(rows.values, x);
   uint64_t bits[R];
   int64_t words = columns / 64;
   for (int64_t word = 0; word < words; ++word) {
@@ -162,9 +179,9 @@ void packed_rows(const uint8_t* const* values, const uint8_t* const* bitmask, co
 }
 
 template <class T, int M, int R>
-void dense_rows(const uint8_t* const* weight, const void* x, int64_t columns, float* out) {
+void dense_rows(const Rows& rows, const void* x, int64_t columns, float* out) {
   constexpr int kStepBytes = T::kColumns * Block<T, M, R>::kBytes;
-  Block<T, M, R> block(weight, x);
+  Block<T, M, R> block(rows.values, x);
   typename T::Weights w[R];
   for (int64_t i = 0; i < columns / T::kColumns; ++i) {
 #pragma GCC unroll 4
@@ -222,7 +239,7 @@ void expand_to_fp32(const uint8_t* values, const uint8_t* bitmask, int64_t colum
 constexpr int rows_for(int m) { return m == 1 ? 4 : 3; }
 
 template <class T, int M>
-void fill(DtypeKernels& set) {
+void fill(ValueKernels& set) {
   set.packed[0][M] = set.packed[1][M] = packed_rows<T, M, rows_for(M)>;
   set.packed_one[M] = packed_rows<T, M, 1>;
   set.dense[M] = dense_rows<T, M, rows_for(M)>;
@@ -231,13 +248,15 @@ void fill(DtypeKernels& set) {
 }
 
 template <class T>
-DtypeKernels kernels_for(ExpandRow expand, ExpandRow expand_fp32) {
-  DtypeKernels set{};
+ValueKernels kernels_for(ExpandRow expand, ExpandRow expand_fp32) {
+  ValueKernels set{};
   set.x_bytes = T::kXBytes;
   set.max_m = kMaxActivations;
   set.rows_one = rows_for(1);
   set.rows_many = rows_for(2);
-  set.pack_x = pack_x<T>;
+  set.pack[SPARSE_ENGINE_BF16] = pack_x<T, Bf16>;
+  set.pack[SPARSE_ENGINE_FP16] = pack_x<T, Fp16>;
+  set.pack[SPARSE_ENGINE_FP32] = pack_x<T, Fp32>;
   set.expand = expand;
   set.expand_fp32 = expand_fp32;
   fill<T, kMaxActivations>(set);

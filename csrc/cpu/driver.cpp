@@ -27,7 +27,6 @@ namespace {
 constexpr int64_t kBytesPerThread = 32 << 10;
 // Chunks per thread, so that a thread that loses its core for a while holds the others up by one chunk only.
 constexpr int64_t kChunksPerThread = 4;
-constexpr size_t kAlignment = 64;
 
 // Memory that grows to the largest product seen by the calling thread and is kept for its next one.
 struct Scratch {
@@ -37,7 +36,7 @@ struct Scratch {
   uint8_t* get(size_t bytes) {
     if (bytes > size) {
       free(data);
-      size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+      size_t rounded = (bytes + size_t(kAlignment) - 1) / size_t(kAlignment) * size_t(kAlignment);
       data = static_cast<uint8_t*>(aligned_alloc(kAlignment, rounded));
       size = data ? rounded : 0;
     }
@@ -88,143 +87,130 @@ float load(int32_t dtype, const void* p, int64_t index) {
   }
 }
 
-// Activations in the level's layout, in groups of at most max_m rows of as equal size as possible.
-struct Activations {
-  const DtypeKernels& kernels;
-  int64_t m, columns, padded_columns, groups;
+} // namespace
 
-  Activations(const DtypeKernels& kernels, int64_t m, int64_t columns)
-      : kernels(kernels), m(m), columns(columns), padded_columns((columns + kColumnPad - 1) / kColumnPad * kColumnPad),
-        groups((m + kernels.max_m - 1) / kernels.max_m) {}
+// Activation rows in groups of at most max_m, of as equal size as possible.
+struct Linear::Groups {
+  int64_t m, row_bytes, count;
 
-  int64_t width() const { return m == 1 ? kernels.rows_one : kernels.rows_many; }
-  int64_t row_bytes() const { return padded_columns * kernels.x_bytes; }
-  size_t bytes() const { return size_t(m * row_bytes()); }
-  int64_t first(int64_t group) const { return m * group / groups; }
-  int64_t count(int64_t group) const { return first(group + 1) - first(group); }
+  Groups(const Linear& linear, int64_t m)
+      : m(m), row_bytes(linear.padded_columns_ * linear.kernels_.x_bytes), count((m + linear.kernels_.max_m - 1) / linear.kernels_.max_m) {}
 
-  void pack(const void* x, int64_t element_bytes, uint8_t* target) const {
-    for (int64_t g = 0; g < groups; ++g)
-      kernels.pack_x(static_cast<const uint8_t*>(x) + first(g) * columns * element_bytes, int(count(g)), columns, padded_columns,
-                     target + first(g) * row_bytes());
-  }
+  int64_t first(int64_t group) const { return m * group / count; }
+  int64_t size(int64_t group) const { return first(group + 1) - first(group); }
 };
 
-// Where the rows of a packed weight lie. The last rows, behind which a kernel must not read, are copied to padded memory.
-struct PackedSource {
-  const PackedWeight& w;
-  int64_t guarded_row; // first row of the copy
-  int64_t guarded_start;
-  const uint8_t* guard = nullptr;
+Linear::Linear(const KernelSet& set, const Weight& weight)
+    : kernels_(set.values[weight.type]), w_(weight),
+      half_(weight.bitmask && !weight.row_offsets && weight.group > 0 && 8 % weight.group == 0 && 2 * weight.row_values == weight.columns),
+      padded_columns_((weight.columns + kColumnPad - 1) / kColumnPad * kColumnPad), tail_row_(weight.rows) {
+  if (!w_.bitmask) return;
+  while (tail_row_ > 0 && (w_.values_count - w_.start(tail_row_)) * element_bytes(w_.type) < kOverread)
+    --tail_row_;
+}
 
-  explicit PackedSource(const PackedWeight& w, int64_t row_end) : w(w), guarded_row(row_end) {
-    while (guarded_row > 0 && (w.values_count - w.start(guarded_row)) * w.element_bytes < kOverread)
-      --guarded_row;
-    guarded_start = guarded_row < row_end ? w.start(guarded_row) : w.values_count;
+size_t Linear::tail_bytes() const {
+  if (!w_.bitmask || w_.rows == 0) return 0;
+  return size_t((w_.values_count - w_.start(tail_row_)) * element_bytes(w_.type)) + kOverread;
+}
+
+void Linear::place_tail(void* memory) {
+  if (tail_bytes() == 0) return;
+  size_t bytes = tail_bytes() - kOverread;
+  auto target = static_cast<uint8_t*>(memory);
+  if (bytes) memcpy(target, w_.values + w_.start(tail_row_) * element_bytes(w_.type), bytes);
+  memset(target + bytes, 0, kOverread);
+  tail_ = target;
+}
+
+const uint8_t* Linear::values(int64_t row) const {
+  int64_t element = element_bytes(w_.type), start = w_.start(row) * element;
+  return row >= tail_row_ ? tail_ + (start - w_.start(tail_row_) * element) : w_.values + start;
+}
+
+size_t Linear::activation_bytes(int64_t m) const { return size_t(m * padded_columns_ * kernels_.x_bytes); }
+
+size_t Linear::scratch_bytes(int64_t) const { return 0; }
+
+int64_t Linear::granule(int64_t m) const { return m == 1 ? kernels_.rows_one : kernels_.rows_many; }
+
+void Linear::pack(const void* x, int32_t x_dtype, int64_t m, void* packed, int64_t part, int64_t parts) const {
+  Groups groups(*this, m);
+  Range range = share(groups.count, 1, part, parts);
+  for (int64_t g = range.begin; g < range.end; ++g)
+    kernels_.pack[x_dtype](static_cast<const uint8_t*>(x) + groups.first(g) * w_.columns * element_bytes(x_dtype), int(groups.size(g)),
+                           w_.columns, padded_columns_, static_cast<uint8_t*>(packed) + groups.first(g) * groups.row_bytes);
+}
+
+Rows Linear::at(const int64_t* rows, int64_t n) const {
+  Rows r{};
+  for (int64_t i = 0; i < n; ++i) {
+    if (w_.bitmask) {
+      r.values[i] = values(rows[i]);
+      r.bitmask[i] = bitmask(rows[i]);
+    } else {
+      r.values[i] = w_.values + rows[i] * w_.columns * element_bytes(w_.type);
+    }
   }
+  return r;
+}
 
-  size_t guard_bytes() const { return size_t((w.values_count - guarded_start) * w.element_bytes) + kOverread; }
-
-  void copy_guard(uint8_t* target) {
-    size_t bytes = guard_bytes() - kOverread;
-    if (bytes) memcpy(target, w.values + guarded_start * w.element_bytes, bytes);
-    memset(target + bytes, 0, kOverread);
-    guard = target;
-  }
-
-  const uint8_t* values(int64_t row) const {
-    int64_t start = w.start(row);
-    return row >= guarded_row ? guard + (start - guarded_start) * w.element_bytes : w.values + start * w.element_bytes;
-  }
-
-  const uint8_t* bitmask(int64_t row) const { return w.bitmask + row * ((w.columns + 7) / 8); }
-};
-
-// Rows [begin, end) by all activations; compute(rows, n, m, x, out) gives the (n, m) sums of n rows by m activations.
-template <class Compute>
-void run_rows(const Activations& a, const uint8_t* packed_x, int64_t begin, int64_t end, const Output& y, const Compute& compute) {
-  int64_t width = a.width();
-  auto block = [&](const int64_t* rows, int64_t n) {
-    for (int64_t g = 0; g < a.groups; ++g) {
+// The range is cut into R runs of consecutive rows; step t takes row t of each, so that every run is one long sequential
+// stream, across row ends.
+void Linear::rows(const void* packed, int64_t m, int64_t begin, int64_t end, const Output& y, void*) const {
+  Groups groups(*this, m);
+  const RowsByActivations* many = w_.bitmask ? kernels_.packed[half_] : kernels_.dense;
+  const RowsByActivations* one = w_.bitmask ? kernels_.packed_one : kernels_.dense_one;
+  auto step = [&](const int64_t* rows, int64_t n, const RowsByActivations* kernels) {
+    Rows where = at(rows, n);
+    for (int64_t g = 0; g < groups.count; ++g) {
       float out[kMaxRows * kMaxActivations];
-      int64_t m = a.count(g);
-      compute(rows, n, m, packed_x + a.first(g) * a.row_bytes(), out);
+      int64_t size = groups.size(g);
+      kernels[size](where, static_cast<const uint8_t*>(packed) + groups.first(g) * groups.row_bytes, w_.columns, out);
       for (int64_t i = 0; i < n; ++i) {
-        float bias = y.bias ? load(y.dtype, y.bias, rows[i]) : 0.0f;
-        for (int64_t j = 0; j < m; ++j)
-          store(out[i * m + j] + bias, y.dtype, y.data, (a.first(g) + j) * y.rows + rows[i]);
+        float bias = y.bias ? load(y.bias_dtype, y.bias, rows[i]) : 0.0f;
+        for (int64_t j = 0; j < size; ++j)
+          store(out[i * size + j] + bias, y.dtype, y.data, (groups.first(g) + j) * y.stride + rows[i]);
       }
     }
   };
-  int64_t steps = (end - begin) / width;
+  int64_t width = granule(m), steps = (end - begin) / width;
   for (int64_t t = 0; t < steps; ++t) {
     int64_t rows[kMaxRows];
     for (int64_t i = 0; i < width; ++i)
       rows[i] = begin + i * steps + t;
-    block(rows, width);
+    step(rows, width, many);
   }
   for (int64_t row = begin + steps * width; row < end; ++row)
-    block(&row, 1);
+    step(&row, 1, one);
 }
 
-} // namespace
+void Linear::expand(int64_t row, int32_t out_dtype, void* out) const {
+  (out_dtype == w_.type ? kernels_.expand : kernels_.expand_fp32)(values(row), bitmask(row), w_.columns, out);
+}
 
-int32_t packed_linear(const KernelSet& set, const PackedWeight& w, const void* x, int64_t m, const Output& y, int32_t threads) {
-  const DtypeKernels& kernels = set.dtype[y.dtype];
-  Activations a(kernels, m, w.columns);
-  PackedSource source(w, y.rows);
-  bool half = w.group > 0 && 8 % w.group == 0 && 2 * w.row_values == w.columns;
-  uint8_t* memory = scratch.get(a.bytes() + source.guard_bytes());
+int32_t linear(const KernelSet& set, const Weight& weight, int32_t x_dtype, const void* x, int64_t m, const Output& y, int32_t threads) {
+  Linear product(set, weight);
+  size_t x_bytes = product.activation_bytes(m);
+  uint8_t* memory = scratch.get(x_bytes + product.tail_bytes() + kAlignment);
   if (!memory) return SPARSE_ENGINE_OUT_OF_MEMORY;
-  a.pack(x, w.element_bytes, memory);
-  source.copy_guard(memory + a.bytes());
-  auto compute = [&](const int64_t* rows, int64_t n, int64_t m_here, const uint8_t* packed_x, float* out) {
-    const uint8_t* values[kMaxRows];
-    const uint8_t* bitmask[kMaxRows];
-    for (int64_t i = 0; i < n; ++i) {
-      values[i] = source.values(rows[i]);
-      bitmask[i] = source.bitmask(rows[i]);
-    }
-    (n == 1 ? kernels.packed_one : kernels.packed[half])[m_here](values, bitmask, packed_x, w.columns, out);
-  };
-  int64_t bytes = w.values_count * w.element_bytes + y.rows * w.columns / 8;
-  for_chunks(y.rows, a.width(), threads_for(bytes, threads),
-             [&](int64_t begin, int64_t end) { run_rows(a, memory, begin, end, y, compute); });
+  product.pack(x, x_dtype, m, memory);
+  product.place_tail(memory + x_bytes);
+  for_chunks(weight.rows, product.granule(m), threads_for(weight.bytes(), threads),
+             [&](int64_t begin, int64_t end) { product.rows(memory, m, begin, end, y, nullptr); });
   return SPARSE_ENGINE_OK;
 }
 
-int32_t dense_linear(const KernelSet& set, const void* weight, int64_t columns, const void* x, int64_t m, const Output& y,
-                     int32_t threads) {
-  const DtypeKernels& kernels = set.dtype[y.dtype];
-  int64_t row_bytes = columns * element_bytes(y.dtype);
-  Activations a(kernels, m, columns);
-  uint8_t* memory = scratch.get(a.bytes());
-  if (!memory && a.bytes()) return SPARSE_ENGINE_OUT_OF_MEMORY;
-  a.pack(x, element_bytes(y.dtype), memory);
-  auto compute = [&](const int64_t* rows, int64_t n, int64_t m_here, const uint8_t* packed_x, float* out) {
-    const uint8_t* at[kMaxRows];
-    for (int64_t i = 0; i < n; ++i)
-      at[i] = static_cast<const uint8_t*>(weight) + rows[i] * row_bytes;
-    (n == 1 ? kernels.dense_one : kernels.dense)[m_here](at, packed_x, columns, out);
-  };
-  for_chunks(y.rows, a.width(), threads_for(y.rows * row_bytes, threads),
-             [&](int64_t begin, int64_t end) { run_rows(a, memory, begin, end, y, compute); });
-  return SPARSE_ENGINE_OK;
-}
-
-int32_t expand_tile(const KernelSet& set, const PackedWeight& w, int32_t dtype, int32_t out_dtype, int64_t row_begin, int64_t row_end,
-                    void* out, int32_t threads) {
-  const DtypeKernels& kernels = set.dtype[dtype];
-  ExpandRow expand = out_dtype == dtype ? kernels.expand : kernels.expand_fp32;
-  int64_t row_bytes = w.columns * element_bytes(out_dtype);
-  PackedSource source(w, row_end);
-  uint8_t* memory = scratch.get(source.guard_bytes());
+int32_t expand_tile(const KernelSet& set, const Weight& weight, int32_t out_dtype, int64_t row_begin, int64_t row_end, void* out,
+                    int32_t threads) {
+  Linear product(set, weight);
+  uint8_t* memory = scratch.get(product.tail_bytes() + kAlignment);
   if (!memory) return SPARSE_ENGINE_OUT_OF_MEMORY;
-  source.copy_guard(memory);
-  int64_t rows = row_end - row_begin;
+  product.place_tail(memory);
+  int64_t rows = row_end - row_begin, row_bytes = weight.columns * element_bytes(out_dtype);
   for_chunks(rows, 1, threads_for(rows * row_bytes, threads), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      expand(source.values(row_begin + i), source.bitmask(row_begin + i), w.columns, static_cast<uint8_t*>(out) + i * row_bytes);
+      product.expand(row_begin + i, out_dtype, static_cast<uint8_t*>(out) + i * row_bytes);
   });
   return SPARSE_ENGINE_OK;
 }

@@ -2,27 +2,28 @@
 
 #include "kernels.h"
 #include "numeric.h"
+#include "sparse_engine.h"
 
 namespace sparse_engine {
 namespace {
 
 // Activations become fp32 (columns, m): the m values that meet one weight lie side by side.
-template <class T>
+template <class X>
 void pack_x(const void* x, int m, int64_t columns, int64_t padded_columns, void* packed) {
   auto source = static_cast<const uint8_t*>(x);
   auto target = static_cast<float*>(packed);
   for (int64_t c = 0; c < padded_columns; ++c)
     for (int i = 0; i < m; ++i)
-      *target++ = c < columns ? T::load(source + (i * columns + c) * int64_t(sizeof(typename T::Storage))) : 0.0f;
+      *target++ = c < columns ? X::load(source + (i * columns + c) * int64_t(sizeof(typename X::Storage))) : 0.0f;
 }
 
 template <class T, int M>
-void packed_row(const uint8_t* const* values, const uint8_t* const* bitmask, const void* x, int64_t columns, float* out) {
+void packed_row(const Rows& rows, const void* x, int64_t columns, float* out) {
   auto activations = static_cast<const float*>(x);
-  const uint8_t* value = values[0];
+  const uint8_t* value = rows.values[0];
   float sum[M] = {};
   for (int64_t word = 0; 64 * word < columns; ++word) {
-    uint64_t bits = tail_bits(bitmask[0], word, columns - 64 * word < 64 ? columns : 64 * word + 64);
+    uint64_t bits = tail_bits(rows.bitmask[0], word, columns - 64 * word < 64 ? columns : 64 * word + 64);
     for (int j = 0; bits != 0; ++j, bits >>= 1) {
       if (!(bits & 1)) continue;
       float w = T::load(value);
@@ -37,11 +38,11 @@ void packed_row(const uint8_t* const* values, const uint8_t* const* bitmask, con
 }
 
 template <class T, int M>
-void dense_row(const uint8_t* const* weight, const void* x, int64_t columns, float* out) {
+void dense_row(const Rows& rows, const void* x, int64_t columns, float* out) {
   auto activations = static_cast<const float*>(x);
   float sum[M] = {};
   for (int64_t c = 0; c < columns; ++c) {
-    float w = T::load(weight[0] + c * int64_t(sizeof(typename T::Storage)));
+    float w = T::load(rows.values[0] + c * int64_t(sizeof(typename T::Storage)));
     for (int m = 0; m < M; ++m)
       sum[m] += w * activations[c * M + m];
   }
@@ -60,19 +61,21 @@ void expand_row(const uint8_t* values, const uint8_t* bitmask, int64_t columns, 
 }
 
 template <class T, int M>
-void fill(DtypeKernels& set) {
+void fill(ValueKernels& set) {
   set.packed[0][M] = set.packed[1][M] = set.packed_one[M] = packed_row<T, M>;
   set.dense[M] = set.dense_one[M] = dense_row<T, M>;
   if constexpr (M > 1) fill<T, M - 1>(set);
 }
 
 template <class T>
-DtypeKernels kernels_for() {
-  DtypeKernels set{};
+ValueKernels kernels_for() {
+  ValueKernels set{};
   set.x_bytes = sizeof(float);
   set.max_m = kMaxActivations;
   set.rows_one = set.rows_many = 1;
-  set.pack_x = pack_x<T>;
+  set.pack[SPARSE_ENGINE_BF16] = pack_x<Bf16>;
+  set.pack[SPARSE_ENGINE_FP16] = pack_x<Fp16>;
+  set.pack[SPARSE_ENGINE_FP32] = pack_x<Fp32>;
   set.expand = expand_row<T, T>;
   set.expand_fp32 = expand_row<T, Fp32>;
   fill<T, kMaxActivations>(set);
