@@ -1,0 +1,283 @@
+"""The small kernels of a decode step: references against torch and transformers (anywhere), kernels against float64 (on a GPU)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from products import relative_error
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.generation import logits_process
+
+from sparse_engine.engine.kernels import (
+    DecodeState,
+    Embedding,
+    Norm,
+    advance,
+    attention_decode,
+    embed,
+    greedy,
+    layer_norm,
+    penalise,
+    sample,
+)
+from sparse_engine.engine.kernels.sample import warp
+from sparse_engine.errors import InputError
+
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DTYPES = list(TOLERANCE)
+
+
+def poisoned(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "width"), [(1, 768), (3, 8), (7, 512), (2, 2560), (5, 1032), (1, 9216), (2, 16384)])
+def test_layer_norm(rows: int, width: int, dtype: torch.dtype, device: str) -> None:
+    torch.manual_seed(width)
+    # A common offset, which a variance by plain sums of squares would lose, and one outlier.
+    x = (torch.randn(rows, width) + 20).to(dtype)
+    x[0, width // 2] = 300
+    weight, bias = torch.randn(width).to(dtype), torch.randn(width).to(dtype)
+    x, weight, bias = x.to(device), weight.to(device), bias.to(device)
+    out = poisoned(rows, width, dtype=dtype, device=device)
+    layer_norm(x, weight, bias, 1e-5, out)
+    expected = F.layer_norm(x.double(), (width,), weight.double(), bias.double(), 1e-5)
+    assert relative_error(out, expected) < TOLERANCE[dtype]
+
+
+def test_layer_norm_of_a_constant_row_is_its_bias() -> None:
+    bias, out = torch.randn(16), torch.full((1, 16), float("nan"))
+    layer_norm(torch.full((1, 16), 3.0), torch.ones(16), bias, 1e-5, out)
+    assert torch.equal(out[0], bias)
+
+
+def make_embedding(batch: int, width: int, dtype: torch.dtype, device: str, *, positions: bool = True, norm: bool = True) -> Embedding:
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape).to(device, dtype)
+
+    after = Norm(draw(width), draw(width), 1e-5, poisoned(batch, width, dtype=dtype, device=device)) if norm else None
+    table = draw(130, width) if positions else None
+    return Embedding(draw(320, width), table, poisoned(batch, width, dtype=dtype, device=device), after)
+
+
+def check_embedding(embedding: Embedding, tokens: Tensor, positions: Tensor) -> None:
+    rows = embedding.tokens.double()[tokens]
+    if embedding.positions is not None:
+        rows = rows + embedding.positions.double()[positions.long() + 2]
+    tolerance = TOLERANCE[embedding.out.dtype]
+    assert relative_error(embedding.out, rows) < tolerance
+    if (norm := embedding.norm) is not None:
+        # Of the rounded rows, as the layers that follow see them.
+        of = embedding.out.double()
+        expected = F.layer_norm(of, of.shape[-1:], norm.weight.double(), norm.bias.double(), norm.eps)
+        assert relative_error(norm.out, expected) < tolerance
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("positions", "norm"), [(True, True), (True, False), (False, False)])
+def test_embed(positions: bool, norm: bool, dtype: torch.dtype, device: str) -> None:
+    torch.manual_seed(0)
+    for batch, width in ((1, 768), (5, 64), (3, 5120)):
+        embedding = make_embedding(batch, width, dtype, device, positions=positions, norm=norm)
+        tokens = torch.randint(320, (batch,), device=device)
+        at = torch.randint(128, (batch,), device=device, dtype=torch.int32)
+        embed(tokens, at, embedding)
+        check_embedding(embedding, tokens, at)
+
+
+def expected_attention(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: list[int], scale: float) -> Tensor:
+    batch, heads, _, size = k_cache.shape
+    q, k, v = qkv.double().view(batch, 3, heads, 1, size).unbind(1)
+    rows = []
+    for b, length in enumerate(lengths):
+        keys = torch.cat((k_cache[b, :, :length].double(), k[b]), 1)
+        values = torch.cat((v_cache[b, :, :length].double(), v[b]), 1)
+        rows.append(F.scaled_dot_product_attention(q[b], keys, values, scale=scale).flatten())
+    return torch.stack(rows)
+
+
+def check_attention(lengths: list[int], heads: int, size: int, capacity: int, dtype: torch.dtype, device: str, scale: float = 0.2) -> None:
+    batch = len(lengths)
+    qkv = torch.randn(batch, 3 * heads * size).to(device, dtype)
+    # Positions not yet in use hold NaN: one that is read shows.
+    caches = [poisoned(batch, heads, capacity, size, dtype=dtype, device=device) for _ in range(2)]
+    for cache in caches:
+        for b, length in enumerate(lengths):
+            cache[b, :, :length] = torch.randn(heads, length, size).to(device, dtype)
+    before = [cache.clone() for cache in caches]
+    expected = expected_attention(qkv, *before, lengths, scale)
+    out = poisoned(batch, heads * size, dtype=dtype, device=device)
+    attention_decode(qkv, *caches, torch.tensor(lengths, dtype=torch.int32, device=device), out, scale)
+    assert relative_error(out, expected) < TOLERANCE[dtype]
+    for cache, old, new in zip(caches, before, qkv.view(batch, 3, heads, size).unbind(1)[1:], strict=True):
+        for b, length in enumerate(lengths):
+            old[b, :, length] = new[b]
+        # Nothing but the new position has changed.
+        assert torch.equal(cache.nan_to_num(7.0), old.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", [[0], [1], [7], [63], [64], [65], [0, 65, 1, 64, 7]], ids=str)
+def test_attention(lengths: list[int], dtype: torch.dtype, device: str) -> None:
+    torch.manual_seed(sum(lengths))
+    for size in (64, 80):
+        check_attention(lengths, 3, size, 70, dtype, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [8, 16, 32, 40, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize(("batch", "heads"), [(1, 12), (1, 1), (3, 5), (7, 32), (64, 12)])
+def test_attention_of_any_head_size_and_batch(batch: int, heads: int, size: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(batch)
+    lengths = ([1000, 0, 1, 7, 63, 64, 65, 129, 511, 1010] * 7)[:batch]
+    check_attention(lengths, heads, size, 1011, dtype, "cuda")
+
+
+@pytest.mark.gpu
+def test_attention_of_large_scores() -> None:
+    torch.manual_seed(0)
+    check_attention([0, 33, 640], 4, 64, 641, torch.float32, "cuda", scale=40.0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_attention_over_a_full_cache_writes_nothing(device: str) -> None:
+    k_cache, v_cache = (torch.randn(2, 1, 4, 8, device=device) for _ in range(2))
+    kept = k_cache.clone(), v_cache.clone()
+    lengths = torch.tensor([4, 4], dtype=torch.int32, device=device)
+    attention_decode(torch.randn(2, 24, device=device), k_cache, v_cache, lengths, torch.empty(2, 8, device=device), 1.0)
+    assert torch.equal(k_cache, kept[0])
+    assert torch.equal(v_cache, kept[1])
+
+
+def make_state(filled: list[int], capacity: int, device: str, *, eos: tuple[int, ...] = (2,), limit: int | None = None) -> DecodeState:
+    batch = len(filled)
+    counts = torch.tensor(filled, dtype=torch.int32)
+    history = torch.randint(5, 12, (batch, capacity))
+    history[torch.arange(capacity) >= counts[:, None]] = 1
+    return DecodeState(
+        tokens=torch.full((batch,), -9, device=device),
+        lengths=(counts - 1).to(device),
+        history=history.to(device),
+        filled=counts.to(device),
+        limits=torch.full((batch,), limit or capacity, dtype=torch.int32, device=device),
+        finished=torch.zeros(batch, dtype=torch.bool, device=device),
+        eos=torch.tensor(eos, dtype=torch.int64, device=device),
+        pad=1,
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_advance(device: str) -> None:
+    state = make_state([3, 4, 5, 7, 2], 8, device, eos=(2, 300), limit=7)
+    state.finished[4] = True
+    embedding = make_embedding(5, 64, torch.float32, device)
+    before = state.history.clone()
+    # An ordinary token, each of the two EOS tokens, one that meets the limit (which row 3 has passed), one for a finished row.
+    advance(state, torch.tensor([40, 2, 300, 41, 42], device=device), embedding)
+    assert state.tokens.tolist() == [40, 2, 300, 41, 1]
+    assert state.filled.tolist() == [4, 5, 6, 8, 2]
+    assert state.lengths.tolist() == [3, 4, 5, 7, 1]
+    assert state.finished.tolist() == [False, True, True, True, True]
+    before[range(4), [3, 4, 5, 7]] = state.tokens[:4]
+    assert torch.equal(state.history, before)
+    check_embedding(embedding, state.tokens, state.lengths)
+    advance(state, torch.tensor([43, 43, 43, 43, 43], device=device))
+    assert state.tokens.tolist() == [43, 1, 1, 1, 1]
+    assert state.filled.tolist() == [5, 5, 6, 8, 2]
+    assert state.lengths.tolist() == [4, 4, 5, 7, 1]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocabulary", [320, 1, 7, 50272, 50265])
+def test_greedy_takes_the_first_of_the_largest(vocabulary: int, dtype: torch.dtype, device: str) -> None:
+    torch.manual_seed(vocabulary)
+    batch = 6
+    logits = torch.randn(batch, vocabulary).to(dtype)
+    # Equal maxima far apart, all equal, all -inf, the last the largest.
+    logits[1, vocabulary // 3 :: 3] = 9
+    logits[2] = 0.5
+    logits[3] = -torch.inf
+    logits[4, -1] = 20
+    state = make_state([3, 1, 2, 3, 4, 5], 8, device)
+    embedding = make_embedding(batch, 768, torch.bfloat16, device) if vocabulary == 320 else None
+    greedy(logits.to(device), state, embedding)
+    expected = [row.index(max(row)) for row in logits.tolist()]
+    assert state.tokens.tolist() == expected
+    assert state.history.cpu()[range(batch), [3, 1, 2, 3, 4, 5]].tolist() == expected
+    assert state.finished.tolist() == [token == 2 for token in expected]
+    if embedding is not None:
+        check_embedding(embedding, state.tokens, state.lengths)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("penalty", "ngram"), [(1.0, 0), (1.3, 0), (0.8, 2), (1.0, 1), (1.2, 3), (1.0, 4)])
+def test_penalties_equal_those_of_transformers(penalty: float, ngram: int, dtype: torch.dtype, device: str) -> None:
+    torch.manual_seed(ngram)
+    filled = [40, 1, 2, 3, 33]
+    state = make_state(filled, 48, device)
+    logits = torch.randn(5, 50272).to(device, dtype)
+    logits[:, 5:12] += 3
+    scores = poisoned(5, 50272, dtype=torch.float32, device=device)
+    penalise(logits, state.history, state.filled, scores, repetition_penalty=penalty, no_repeat_ngram_size=ngram)
+    for b, count in enumerate(filled):
+        ids, row = state.history[b : b + 1, :count], logits[b : b + 1].float()
+        row = logits_process.RepetitionPenaltyLogitsProcessor(penalty)(ids, row)
+        if ngram:
+            row = logits_process.NoRepeatNGramLogitsProcessor(ngram)(ids, row)
+        assert torch.equal(scores[b : b + 1], row)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 50, 1.0), (1.5, 0, 0.9), (0.6, 40, 0.5), (1.0, 1, 0.1)])
+def test_warping_equals_that_of_transformers(temperature: float, top_k: int, top_p: float, device: str) -> None:
+    torch.manual_seed(top_k)
+    scores = torch.randn(4, 1000, device=device) * 3
+    scores[2, ::2] = -torch.inf
+    scores[3, :20] = 11.0
+    expected = logits_process.TemperatureLogitsWarper(temperature)(None, scores)
+    if top_k:
+        expected = logits_process.TopKLogitsWarper(top_k)(None, expected)
+    if top_p < 1:
+        expected = logits_process.TopPLogitsWarper(top_p)(None, expected)
+    assert torch.equal(warp(scores, temperature, top_k, top_p), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_samples_follow_their_distribution(device: str) -> None:
+    torch.manual_seed(0)
+    row = torch.tensor([2.0, 1.0, 0.0, -1.0, -torch.inf, 1.5])
+    chosen = torch.full((20000,), -1, device=device)
+    sample(row.to(device).expand(20000, 6).contiguous(), chosen, temperature=0.8, top_k=4)
+    found = chosen.bincount(minlength=6).cpu() / 20000
+    expected = warp(row[None], 0.8, 4, 1.0).softmax(-1)[0]
+    assert torch.equal(found[expected == 0], torch.zeros(2))
+    assert (found - expected).abs().max() < 0.02
+
+
+def test_wrong_arguments_are_refused() -> None:
+    x, weight = torch.zeros(2, 16), torch.ones(16)
+    with pytest.raises(InputError, match="multiple of 8"):
+        layer_norm(torch.zeros(2, 12), weight, weight, 1e-5, x)
+    with pytest.raises(InputError, match=r"out is torch\.float32"):
+        layer_norm(x, weight, weight, 1e-5, torch.empty(2, 32)[:, ::2])
+    cache = torch.zeros(1, 2, 4, 8)
+    with pytest.raises(InputError, match=r"lengths is torch\.int64"):
+        attention_decode(torch.zeros(1, 48), cache, cache.clone(), torch.zeros(1, dtype=torch.int64), torch.empty(1, 16), 1.0)
+    with pytest.raises(InputError, match="repetition_penalty is 0"):
+        penalise(x, torch.zeros(2, 4, dtype=torch.int64), torch.ones(2, dtype=torch.int32), torch.empty(2, 16), repetition_penalty=0)
+    with pytest.raises(InputError, match="temperature 0"):
+        sample(x, torch.zeros(2, dtype=torch.int64), temperature=0)
+    state = replace(make_state([1, 1], 4, "cpu"), filled=torch.ones(2, dtype=torch.int64))
+    with pytest.raises(InputError, match=r"filled is torch\.int64"):
+        advance(state, torch.zeros(2, dtype=torch.int64))
