@@ -1,4 +1,4 @@
-"""``python -m sparse_engine.study RECIPE OUT STAGE DEVICE``: makes one stage, as a process of a study that runs several at a time."""
+"""``python -m sparse_engine.study RECIPE ROW STAGE OUT DEVICE``: makes one stage, as a process of a study that runs several at a time."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from sparse_engine.study.recipe import load_recipe
 from sparse_engine.study.stages import Stages
 
 
-def main(source: str, out: str, folder: str, device: str) -> int:
+def main(source: str, row: str, folder: str, out: str, device: str) -> int:
     """Make the stage; 0 when done, 2 when it cannot be done, with the reason on standard error."""
     quiet_transformers()
     place = torch.device(device)
     try:
         graph = Graph(load_recipe(source), place.type)
-        Stages(graph, Path(out) / "stages", place, 1, console_track).ensure(find_stage(graph, folder))
+        Stages(graph, Path(out) / "stages", place, 1, console_track).ensure(find_stage(graph, row, folder))
     except SparseEngineError as error:
         sys.stderr.write(f"sparse-engine: {error}\n")
         return 2

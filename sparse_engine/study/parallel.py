@@ -34,7 +34,7 @@ def prepare(graph: Graph, stages: Stages, rows: Iterable[Row], source: str, jobs
     Raises:
         SparseEngineError: a stage failed; the others under way are stopped, and go on from their last checkpoint when run again.
     """
-    waiting = {stage.folder: stage for row in rows for stage in _ancestry(graph.checkpoint(row)) if not stages.has(stage)}
+    waiting = {stage.folder: (stage, row) for row in rows for stage in _ancestry(graph.checkpoint(row)) if not stages.has(stage)}
     total, running = len(waiting), dict[str, subprocess.Popen[bytes]]()
     stages.folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -49,9 +49,9 @@ def prepare(graph: Graph, stages: Stages, rows: Iterable[Row], source: str, jobs
                     raise SparseEngineError(f"{name} failed with exit code {process.returncode}: {_last_line(log)} ({log} has it all)")
                 done = total - len(waiting) - len(running)
                 typer.echo(f"{name} is ready, {done} of {total} stages, {time.monotonic() - started:.0f} s", err=True)
-            ready = [n for n, stage in waiting.items() if all(s.model is not None or stages.has(s) for s in stage.inputs.values())]
+            ready = [n for n, (stage, _) in waiting.items() if all(s.model is not None or stages.has(s) for s in stage.inputs.values())]
             for name in ready[: jobs - len(running)]:
-                running[name] = _start(waiting.pop(name), stages, source, jobs)
+                running[name] = _start(*waiting.pop(name), stages, source, jobs)
             time.sleep(_POLL_S)
     finally:
         for process in running.values():
@@ -60,10 +60,10 @@ def prepare(graph: Graph, stages: Stages, rows: Iterable[Row], source: str, jobs
             process.wait()
 
 
-def _start(stage: Stage, stages: Stages, source: str, jobs: int) -> subprocess.Popen[bytes]:
+def _start(stage: Stage, row: Row, stages: Stages, source: str, jobs: int) -> subprocess.Popen[bytes]:
     # Together the processes have as many threads as the machine has cores.
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} | os.environ
-    command = [sys.executable, "-m", "sparse_engine.study", source, str(stages.folder.parent), stage.folder, str(stages.device)]
+    command = [sys.executable, "-m", "sparse_engine.study", source, row.id, stage.folder, str(stages.folder.parent), str(stages.device)]
     with (stages.folder / f"{stage.folder}.log").open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment)  # noqa: S603
 
@@ -80,14 +80,14 @@ def _last_line(log: Path) -> str:
     return lines[-1] if lines else "it wrote nothing"
 
 
-def find_stage(graph: Graph, folder: str) -> Stage:
-    """The stage of the recipe whose folder is ``folder``.
+def find_stage(graph: Graph, row: str, folder: str) -> Stage:
+    """The stage in ``folder`` among those that a row's checkpoint needs; the models of other rows are not looked at.
 
     Raises:
-        InputError: the recipe has none.
+        InputError: there is none.
     """
-    for row in graph.recipe.rows.values():
-        for stage in _ancestry(graph.checkpoint(row)):
+    if row in graph.recipe.rows:
+        for stage in _ancestry(graph.checkpoint(graph.recipe.rows[row])):
             if stage.folder == folder:
                 return stage
-    raise InputError(f"the recipe has no stage {folder}: it was changed since the study began")
+    raise InputError(f"the recipe has no stage {folder} of row {row}: it was changed since the study began")
