@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from sparse_engine.errors import InputError
 from sparse_engine.formats.base import PackedWeight
 from sparse_engine.pattern import SparsityPattern
 from sparse_engine.policy import Policy
+from sparse_engine.value_types import PLAIN
 
 __all__ = ["SparseLinear"]
 
@@ -19,12 +21,15 @@ __all__ = ["SparseLinear"]
 class SparseLinear(nn.Module):
     """y = x Wᵀ + b with W (out_features, in_features) packed; x is (..., in_features), y (..., out_features).
 
-    The buffers carry the names and shapes of the packed checkpoint (``values``, ``bitmask``, ``row_offsets``), so a state
+    The buffers carry the names and shapes of the packed checkpoint (``values``, ``bitmask``, ``row_offsets``, ``scales``), so a state
     dict loads as it is. Deliberately no ``nn.Linear`` and no ``weight``: code that would merge into or read a dense weight
     fails instead of silently losing its change.
 
     Args:
         nnz: stored values, needed for an unstructured pattern only.
+        dtype: of x, y and the bias, and of the values where they are plain.
+        value_type: how values are stored (:mod:`sparse_engine.value_types`); quantised ones and their scales stay as they are when the
+            module is cast to another type.
         backend: force one kernel by name; None lets the registry choose per number of rows.
         dense: "auto", "never" or "always", whether a dense copy may be kept where it was measured to be faster; None takes the
             environment variable SPARSE_ENGINE_DENSE, else "auto" (:mod:`sparse_engine.policy`).
@@ -35,6 +40,7 @@ class SparseLinear(nn.Module):
 
     values: Tensor
     bitmask: Tensor
+    scales: Tensor
     bias: nn.Parameter | None
 
     def __init__(
@@ -46,6 +52,7 @@ class SparseLinear(nn.Module):
         bias: bool = True,
         nnz: int | None = None,
         dtype: torch.dtype = torch.float32,
+        value_type: str = PLAIN,
         device: torch.device | str | None = None,
         backend: str | None = None,
         dense: str | None = None,
@@ -54,8 +61,8 @@ class SparseLinear(nn.Module):
         pattern.check_shape((out_features, in_features), "SparseLinear")
         self.in_features, self.out_features = in_features, out_features
         self.pattern, self.backend, self.dense = pattern, backend, dense
-        self.format = formats.for_pattern(pattern)
-        for name, spec in self.format.specs((out_features, in_features), pattern, dtype, nnz).items():
+        self.format, self.value_type, self.dtype = formats.for_pattern(pattern), value_type, dtype
+        for name, spec in self.format.specs((out_features, in_features), pattern, dtype, nnz, value_type).items():
             self.register_buffer(name, torch.empty(spec.shape, dtype=spec.dtype, device=device))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
         self._plan: tuple[tuple[int, registry.Kernel, registry.Layout], ...] | None = None
@@ -67,8 +74,8 @@ class SparseLinear(nn.Module):
     ) -> SparseLinear:
         """Wrap a packed weight (sharing its tensors) and an optional bias (out_features,)."""
         rows, columns = packed.shape
-        settings: dict[str, Any] = {"nnz": packed.nnz, "dtype": packed.dtype, "device": "meta", "backend": backend, "dense": dense}
-        module = cls(columns, rows, packed.pattern, bias=bias is not None, **settings)
+        stored: dict[str, Any] = {"nnz": packed.nnz, "dtype": packed.dtype, "value_type": packed.value_type}
+        module = cls(columns, rows, packed.pattern, bias=bias is not None, device="meta", backend=backend, dense=dense, **stored)
         for name, tensor in packed.tensors.items():
             setattr(module, name, tensor)
         if bias is not None:
@@ -78,12 +85,15 @@ class SparseLinear(nn.Module):
     @property
     def packed(self) -> PackedWeight:
         """The weight in its neutral form (rebuilt from the kernel's own layout where that replaced it)."""
-        shape = (self.out_features, self.in_features)
         if self._layout_owner is not None and self._plan is not None:
-            described = PackedWeight(self.format.name, self.format.version, self.pattern, shape, self.values.dtype, {})
-            return self._layout_owner.recover(self._plan[0][2], described)
-        tensors = dict(self.named_buffers(recurse=False))
-        return PackedWeight(self.format.name, self.format.version, self.pattern, shape, self.values.dtype, tensors)
+            return self._layout_owner.recover(self._plan[0][2], self.described)
+        return replace(self.described, tensors=dict(self.named_buffers(recurse=False)))
+
+    @property
+    def described(self) -> PackedWeight:
+        """The packed weight without its tensors."""
+        shape = (self.out_features, self.in_features)
+        return PackedWeight(self.format.name, self.format.version, self.pattern, shape, self.dtype, {}, self.value_type)
 
     @property
     def nbytes(self) -> int:
@@ -94,17 +104,7 @@ class SparseLinear(nn.Module):
         return sum({(t.device, t.data_ptr()): t.numel() * t.element_size() for t in held}.values())
 
     def problem(self, rows: int = 1) -> registry.Problem:
-        return registry.Problem.of(
-            PackedWeight(
-                self.format.name,
-                self.format.version,
-                self.pattern,
-                (self.out_features, self.in_features),
-                self.values.dtype,
-                {"values": self.values},
-            ),
-            rows,
-        )
+        return registry.Problem.of(self.described, rows, self.values.device)
 
     def plan(self) -> tuple[tuple[int, registry.Kernel, registry.Layout], ...]:
         """Choose kernels for every bucket of rows and prepare their layouts; done once, at the first forward at the latest.
@@ -156,7 +156,12 @@ class SparseLinear(nn.Module):
             for name, tensor in self.packed.tensors.items():
                 setattr(self, name, tensor)
         self._plan, self._layout_owner = None, None
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.values.device)).dtype
+        scales = getattr(self, "scales", None)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if scales is not None and self.scales.dtype != scales.dtype:
+            # A cast is for activations and bias; scales keep the type that they are stored in, and so their exact values.
+            self.scales = scales.to(self.scales.device)
         if planned and not self.values.is_meta:
             self.plan()
         return self
@@ -176,4 +181,4 @@ class SparseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{shape}, pattern={self.pattern}, dtype={self.values.dtype}, backend={self.backend or 'auto'}"
+        return f"{shape}, pattern={self.pattern}, dtype={self.dtype}, values={self.value_type}, backend={self.backend or 'auto'}"

@@ -17,13 +17,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sparse_engine import tuning
+from sparse_engine import tuning, value_types
 from sparse_engine.discovery import import_all
 from sparse_engine.errors import InputError, KernelUnavailableError
 from sparse_engine.formats.base import PackedWeight
 from sparse_engine.pattern import SparsityPattern
 from sparse_engine.policy import UNLIMITED, Policy
 from sparse_engine.tuning import Config
+from sparse_engine.value_types import PLAIN
 
 __all__ = [
     "DENSE_GAIN",
@@ -71,6 +72,7 @@ class Problem:
     rows: int
     capability: tuple[int, int] | None = None
     gpu: str | None = None
+    value_type: str = PLAIN
 
     @classmethod
     def of(cls, packed: PackedWeight, rows: int, device: torch.device | str | None = None) -> Problem:
@@ -78,14 +80,14 @@ class Problem:
         place = torch.device(device) if device is not None else packed.tensors["values"].device
         capability = torch.cuda.get_device_capability(place) if place.type == "cuda" else None
         gpu = torch.cuda.get_device_name(place) if place.type == "cuda" else None
-        return cls(packed.format, packed.pattern, packed.dtype, place.type, *packed.shape, rows, capability, gpu)
+        return cls(packed.format, packed.pattern, packed.dtype, place.type, *packed.shape, rows, capability, gpu, packed.value_type)
 
     def with_rows(self, rows: int) -> Problem:
         return replace(self, rows=rows)
 
     def measured(self) -> Mapping[str, tuning.Measured]:
         """What this GPU's tables say of this problem, by kernel."""
-        if self.gpu is None:
+        if self.gpu is None or self.value_type != PLAIN:
             return {}
         shape = (self.out_features, self.in_features)
         return tuning.lookup(self.gpu, tuning.pattern_key(self.pattern), self.dtype, shape, self.rows)
@@ -93,7 +95,8 @@ class Problem:
     @property
     def packed_nbytes(self) -> float:
         """Bytes of values and bitmask, from the pattern's density."""
-        return self.out_features * self.in_features * (self.pattern.density * self.dtype.itemsize + 1 / 8)
+        value_nbytes = (value_types.get(self.value_type).bits or 8 * self.dtype.itemsize) / 8
+        return self.out_features * self.in_features * (self.pattern.density * value_nbytes + 1 / 8)
 
     @property
     def dense_nbytes(self) -> int:
@@ -105,7 +108,7 @@ class Kernel(ABC):
 
     Attributes:
         name: unique; what ``backend=`` asks for and ``inspect`` prints.
-        formats, devices, dtypes: what :meth:`rejects` checks before asking :meth:`unsupported`.
+        formats, devices, value_types, dtypes: what :meth:`rejects` checks before asking :meth:`unsupported`.
         in_place: the kernel reads the packed tensors as they are. If False, :meth:`prepare` builds a layout of its own and
             the packed tensors are released from the device; :meth:`recover` gives them back for saving.
         keeps_dense: its layout is as large as the dense weight, so that it is chosen only where it was measured to be faster than
@@ -115,6 +118,7 @@ class Kernel(ABC):
     name: ClassVar[str]
     formats: ClassVar[frozenset[str]]
     devices: ClassVar[frozenset[str]]
+    value_types: ClassVar[frozenset[str]] = frozenset({PLAIN})
     dtypes: ClassVar[frozenset[torch.dtype]]
     in_place: ClassVar[bool] = True
     keeps_dense: ClassVar[bool] = False
@@ -125,12 +129,14 @@ class Kernel(ABC):
             return f"reads format {' or '.join(sorted(self.formats))}, not {problem.format}"
         if problem.device not in self.devices:
             return f"runs on {' or '.join(sorted(self.devices))}, not {problem.device}"
+        if problem.value_type not in self.value_types:
+            return f"reads {' or '.join(sorted(self.value_types))} values, not {problem.value_type} ones"
         if problem.dtype not in self.dtypes:
             return f"has no {str(problem.dtype).removeprefix('torch.')} form"
         return self.unsupported(problem)
 
     def unsupported(self, problem: Problem) -> str | None:
-        """Further reasons, checked once format, device and type fit."""
+        """Further reasons, checked once format, device and types fit."""
         return None
 
     def __reduce__(self) -> tuple[Callable[[str], Kernel], tuple[str]]:
@@ -163,7 +169,7 @@ class Kernel(ABC):
 
     def recover(self, layout: Layout, packed: PackedWeight) -> PackedWeight:
         """The packed weight that ``layout`` was prepared from; ``packed`` holds its description and no tensors."""
-        return PackedWeight(packed.format, packed.version, packed.pattern, packed.shape, packed.dtype, layout)
+        return replace(packed, tensors=layout)
 
     @abstractmethod
     def run(self, x: Tensor, layout: Layout, bias: Tensor | None, pattern: SparsityPattern) -> Tensor:

@@ -33,10 +33,11 @@ def _pattern(nm: str | None, sparsity: str | None) -> SparsityPattern | None:
     return None
 
 
-def _default_out(checkpoint: Path, name: str, pattern: SparsityPattern | None, form: str) -> Path:
+def _default_out(checkpoint: Path, name: str, pattern: SparsityPattern | None, values: str | None, form: str) -> Path:
     # A Hub id's last part names the model; the directory it was downloaded to is named by its commit.
     stem = checkpoint.resolve().name if Path(name).expanduser().is_dir() else name.rpartition("/")[2]
-    parts = [stem, *([str(pattern).replace(":", "of")] if pattern else []), *([] if form == "packed" else [form])]
+    made = [str(pattern).replace(":", "of") if pattern else None, values, None if form == "packed" else form]
+    parts = [stem, *(part for part in made if part)]
     return Path("-".join(parts) if len(parts) > 1 else f"{stem}-packed")
 
 
@@ -67,6 +68,10 @@ def convert(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Where to write; default: named after checkpoint and pattern.")
     ] = None,
+    values: Annotated[
+        str | None,
+        typer.Option("--values", metavar="TYPE", help="Quantise the kept weights: int8 or int4; default: keep their type."),
+    ] = None,
     form: Annotated[
         str, typer.Option("--format", metavar="FORM", help="packed, dense (masked, for any tool) or compressed-tensors.")
     ] = "packed",
@@ -76,11 +81,11 @@ def convert(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from an interrupted run with the same settings.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing --out.")] = False,
 ) -> None:
-    """Prune a checkpoint and write it packed. A checkpoint packed already is re-written as --format and --dtype say."""
+    """Prune a checkpoint and write it packed. A checkpoint packed already is re-written as --format, --dtype and --values say."""
     pattern = _pattern(nm, sparsity)
     stored, place = parse_dtype(dtype), parse_device(device)
 
-    from sparse_engine import pruners
+    from sparse_engine import pruners, value_types
     from sparse_engine.checkpoint import Checkpoint, resolve, storage
     from sparse_engine.convert import convert as run
     from sparse_engine.data.calibration import calibration_tokens
@@ -88,17 +93,19 @@ def convert(
 
     quiet_transformers()
     storage.get(form)
+    if values is not None:
+        value_types.quantised(values)
     chosen = pruners.get(pruner or ("sparsegpt" if calibration else "magnitude"))
     path = resolve(ckpt)
     checkpoint = Checkpoint(path)
     needs_text = chosen.needs is not Needs.NOTHING
     if checkpoint.packed_layers and any(value is not None for value in (pattern, pruner, calibration)):
-        raise InputError(f"{ckpt} is packed already: only --format and --dtype apply; prune the dense checkpoint it came from instead")
+        raise InputError(f"{ckpt} is packed already: only --format, --dtype and --values apply; prune the dense checkpoint it came from")
     if not checkpoint.packed_layers and pattern is None:
         raise InputError(f"{ckpt} is dense: give a pattern, --nm 2:4 or --sparsity 0.5")
     if calibration and not needs_text:
         raise InputError(f"--pruner {pruner} uses no calibration text: leave out --calibration, or choose wanda or sparsegpt")
-    target = out or _default_out(path, ckpt, pattern, form)
+    target = out or _default_out(path, ckpt, pattern, values, form)
     if target.exists() and not overwrite:
         raise InputError(f"{target} exists; choose another --out or pass --overwrite")
     provenance: dict[str, object] = {"source": ckpt}
@@ -121,6 +128,7 @@ def convert(
         calibration=tokens,
         device=place,
         dtype=stored,
+        values=values,
         output=form,
         resume=resume,
         overwrite=overwrite,

@@ -15,6 +15,7 @@ from sparse_engine.cli.app import app
 from sparse_engine.cli.common import parse_device, size_text
 from sparse_engine.errors import InputError
 from sparse_engine.progress import console_track
+from sparse_engine.value_types import PLAIN
 
 if TYPE_CHECKING:
     from sparse_engine.checkpoint import Checkpoint
@@ -30,7 +31,7 @@ def _problem(checkpoint: Checkpoint, linear: str, device: torch.device) -> Probl
     from sparse_engine.registry import Problem
 
     layer = checkpoint.packed_layers[linear]
-    described = PackedWeight(layer.format, 1, layer.pattern, layer.shape, layer.dtype, {})
+    described = PackedWeight(layer.format, 1, layer.pattern, layer.shape, layer.dtype, {}, layer.value_type)
     return Problem.of(described, 1, device)
 
 
@@ -63,6 +64,7 @@ def _layers(checkpoint: Checkpoint, device: torch.device) -> Iterator[dict[str, 
             "layer": linear,
             "shape": [rows, columns],
             "dtype": str(dtype).removeprefix("torch."),
+            "values": layer.value_type if layer and layer.value_type != PLAIN else str(dtype).removeprefix("torch."),
             "pattern": str(layer.pattern) if layer else None,
             "density": density,
             "stored_nbytes": stored[linear],
@@ -117,7 +119,7 @@ def _print_table(layers: list[dict[str, Any]]) -> None:
         table.add_row(
             row["layer"].removeprefix("model.decoder.layers."),
             " x ".join(map(str, row["shape"])),
-            row["dtype"],
+            row["dtype"] if row["values"] == row["dtype"] else f"{row['values']} for {row['dtype']}",
             row["pattern"] or "dense",
             f"{row['density']:.4f}",
             size_text(row["stored_nbytes"]),

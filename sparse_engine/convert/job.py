@@ -72,7 +72,15 @@ class Job:
     def save(self, index: int, packed: Mapping[str, PackedWeight]) -> None:
         """Store one finished layer: its pruned linears by full name."""
         tensors = {f"{name}.{part}": tensor for name, weight in packed.items() for part, tensor in weight.tensors.items()}
-        described = {name: {"pattern": str(weight.pattern), "shape": list(weight.shape)} for name, weight in packed.items()}
+        described = {
+            name: {
+                "pattern": str(weight.pattern),
+                "shape": list(weight.shape),
+                "dtype": str(weight.dtype).removeprefix("torch."),
+                "values": weight.value_type,
+            }
+            for name, weight in packed.items()
+        }
         write_json(self._file(index).with_suffix(".json"), described)
         save_tensors(self._file(index), tensors)
 
@@ -86,7 +94,8 @@ class Job:
             fmt = formats.for_pattern(pattern)
             parts = {key.rpartition(".")[2]: tensor for key, tensor in tensors.items() if key.rpartition(".")[0] == name}
             rows, columns = entry["shape"]
-            found[name] = PackedWeight(fmt.name, fmt.version, pattern, (rows, columns), parts["values"].dtype, parts)
+            dtype = getattr(torch, entry["dtype"])
+            found[name] = PackedWeight(fmt.name, fmt.version, pattern, (rows, columns), dtype, parts, entry["values"])
             fmt.check(found[name], name)
         return found
 
@@ -107,5 +116,6 @@ def manifest_entry(packed: PackedWeight) -> dict[str, Any]:
         "pattern": str(spec.pattern),
         "shape": list(spec.shape),
         "nnz": spec.nnz,
+        "values": spec.value_type,
         "sha256": checksum(formats.get(packed.format).unpack(packed)),
     }

@@ -7,7 +7,7 @@ import os
 import resource
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import sparse_engine
-from sparse_engine import formats, pruners
+from sparse_engine import formats, pruners, value_types
 from sparse_engine.checkpoint import Checkpoint, LayerSpec, resolve, storage
 from sparse_engine.checkpoint.reader import MANIFEST
 from sparse_engine.checkpoint.storage.base import Storage
@@ -28,6 +28,7 @@ from sparse_engine.mask import Mask
 from sparse_engine.pattern import SparsityPattern
 from sparse_engine.progress import Track, silent
 from sparse_engine.pruners.base import Needs
+from sparse_engine.value_types import PLAIN
 
 __all__ = ["ConvertReport", "convert", "verify"]
 
@@ -57,6 +58,7 @@ def convert(
     calibration: Sequence[Tensor] = (),
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    values: str | None = None,
     output: str = "packed",
     resume: bool = False,
     overwrite: bool = False,
@@ -76,6 +78,7 @@ def convert(
         calibration: token ids int64 (T,) per sample, for pruners that need statistics.
         device: where one layer at a time is computed.
         dtype: type of all stored floating-point weights; None keeps the checkpoint's.
+        values: "int8" or "int4" quantises the kept weights; None keeps how they are stored.
         output: "packed", "dense" or "compressed-tensors".
         resume: go on from an interrupted run with the same settings; the result is the same to the bit.
         overwrite: replace an existing ``out``.
@@ -101,6 +104,7 @@ def convert(
         calibration,
         torch.device(device),
         dtype,
+        None if values is None else value_types.quantised(values).name,
         storage.get(output),
         dict(provenance or {}),
         max_shard_bytes,
@@ -155,6 +159,7 @@ class _Conversion:
     calibration: Sequence[Tensor]
     device: torch.device
     dtype: torch.dtype | None
+    values: str | None
     target: Storage
     provenance: dict[str, Any]
     max_shard_bytes: int
@@ -164,6 +169,12 @@ class _Conversion:
         """Refuse what cannot work before anything is written."""
         checkpoint, pattern = self.checkpoint, self.pattern
         family, config = checkpoint.family, checkpoint.config
+        held = sorted({layer.value_type for layer in checkpoint.packed_layers.values()} - {PLAIN})
+        if held and self.values is not None:
+            raise InputError(f"{checkpoint.path} holds {' and '.join(held)} values already; quantise the checkpoint that it came from")
+        for value_type in (*held, self.values or PLAIN):
+            if reason := self.target.refuses(value_type):
+                raise InputError(reason)
         if checkpoint.packed_layers:
             if pattern is not None:
                 raise InputError(
@@ -204,6 +215,7 @@ class _Conversion:
             "pruner": self.pruner,
             "calibration": text.hexdigest(),
             "dtype": str(self.dtype),
+            "values": self.values,
             "version": sparse_engine.__version__,
         }
 
@@ -222,6 +234,7 @@ class _Conversion:
                 calibration=self.calibration,
                 device=self.device,
                 dtype=dtype,
+                value_type=self.values or PLAIN,
             )
             for _ in self.track(steps, f"pruning to {self.pattern} by {self.pruner}", count):
                 pass
@@ -229,7 +242,7 @@ class _Conversion:
         for index in self.track(range(count), "reading packed layers", count):
             inside = f"{family.layer_prefix(index)}."
             names = [name for name in self.checkpoint.packed_layers if name.startswith(inside)]
-            job.save(index, {name: _cast(self.checkpoint.packed(name), self.dtype, name) for name in names})
+            job.save(index, {name: _cast(self.checkpoint.packed(name), self.dtype, self.values, name) for name in names})
 
     def assemble(self, job: Job) -> dict[str, LayerSpec]:
         """Write the whole result into the job's folder: weights, config, tokenizer, manifest."""
@@ -264,11 +277,14 @@ class _Conversion:
         return layers
 
 
-def _cast(packed: PackedWeight, dtype: torch.dtype | None, name: str) -> PackedWeight:
-    if dtype is None or dtype == packed.dtype:
+def _cast(packed: PackedWeight, dtype: torch.dtype | None, values: str | None, name: str) -> PackedWeight:
+    dtype = dtype or packed.dtype
+    if values is None and dtype == packed.dtype:
         return packed
+    if packed.value_type != PLAIN:
+        return replace(packed, dtype=dtype)
     fmt = formats.get(packed.format)
-    return fmt.pack(fmt.unpack(packed).to(dtype), Mask(packed.pattern, fmt.keep(packed)), name)
+    return fmt.pack(fmt.unpack(packed).to(dtype), Mask(packed.pattern, fmt.keep(packed)), name, values or PLAIN)
 
 
 def _weight_of(name: str) -> str | None:

@@ -34,13 +34,15 @@ def prune_layers(
     calibration: Sequence[Tensor],
     device: torch.device,
     dtype: torch.dtype,
+    value_type: str,
 ) -> Iterator[int]:
     """Prune and pack every layer from ``done`` on into ``job``, yielding each layer's index once it is stored.
 
     Args:
         calibration: token ids int64 (T,) per sample; may be empty for a pruner that needs no statistics.
         device: where one layer at a time is computed.
-        dtype: type of the packed values. Computation is in float32 on a CPU and in the checkpoint's type on a GPU.
+        dtype: type of the packed weights. Computation is in float32 on a CPU and in the checkpoint's type on a GPU.
+        value_type: how their values are stored; later layers see what quantised ones stand for.
 
     Raises:
         InputError: a weight is not finite.
@@ -61,7 +63,7 @@ def prune_layers(
             for full, stored in job.load(index).items():
                 _set_weight(layer, full.removeprefix(f"{prefix}."), stored)
         else:
-            packed = _prune_layer(source, layer, index, hidden, pruner, pattern, dtype)
+            packed = _prune_layer(source, layer, index, hidden, pruner, pattern, dtype, value_type)
             job.save(index, packed)
         if gathers and index + 1 < count:
             hidden = [_advance(source, layer, state, device) for state in hidden]
@@ -88,7 +90,14 @@ def _load_layer(source: Checkpoint, index: int, dtype: torch.dtype, device: torc
 
 
 def _prune_layer(
-    source: Checkpoint, layer: nn.Module, index: int, hidden: list[Tensor], pruner: Pruner, pattern: SparsityPattern, dtype: torch.dtype
+    source: Checkpoint,
+    layer: nn.Module,
+    index: int,
+    hidden: list[Tensor],
+    pruner: Pruner,
+    pattern: SparsityPattern,
+    dtype: torch.dtype,
+    value_type: str,
 ) -> dict[str, PackedWeight]:
     """Prune all linears of ``layer``, which holds the new weights afterwards; the statistics are gone on return."""
     prefix = source.family.layer_prefix(index)
@@ -97,7 +106,7 @@ def _prune_layer(
     for name in (name for group in source.family.linear_groups for name in group):
         full = f"{prefix}.{name}"
         new, mask = pruner.prune(_linear(layer, name).weight.detach(), statistics.get(name), pattern, layer=full)
-        packed[full] = formats.for_pattern(pattern).pack(new.to(dtype), mask, full).to("cpu")
+        packed[full] = formats.for_pattern(pattern).pack(new.to(dtype), mask, full, value_type).to("cpu")
         _set_weight(layer, name, packed[full])
     return packed
 

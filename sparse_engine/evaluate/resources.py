@@ -33,7 +33,7 @@ def model_size(model: nn.Module) -> ModelSize:
     for module in model.modules():
         if isinstance(module, SparseLinear):
             parameters += module.out_features * module.in_features
-            nonzero += int(module.packed.tensors["values"].count_nonzero())
+            nonzero += int(module.format.levels(module.packed).count_nonzero())
             nbytes += module.nbytes
         for _name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:

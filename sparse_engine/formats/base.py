@@ -4,39 +4,35 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_engine import value_types
 from sparse_engine.errors import CheckpointError, InputError
 from sparse_engine.mask import Mask
 from sparse_engine.pattern import SparsityPattern
+from sparse_engine.value_types import PLAIN
+from sparse_engine.value_types.base import TensorSpec, ValueType
 
 __all__ = ["VALUE_DTYPES", "Format", "PackedWeight", "TensorSpec", "pack_bits", "unpack_bits"]
 
 VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""Types that packed values may have."""
+"""Types that a packed weight may have: of its plain values, of what quantised ones stand for, and of the activations it meets."""
 
 _CHECKED_ELEMENTS = 1 << 19
 """Weights whose positions are checked at a time."""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """Shape and type that one tensor of a packed weight must have."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedWeight:
     """One pruned (rows, columns) weight in a neutral, serialisable form; kernel layouts derive from it and are never serialised.
 
-    ``tensors`` maps the names that a checkpoint appends to the linear's name ("values", "bitmask", ...) to tensors.
+    ``tensors`` maps the names that a checkpoint appends to the linear's name ("values", "bitmask", ...) to tensors. ``dtype`` is the
+    weight's type; ``value_type`` says how its values are stored (:mod:`sparse_engine.value_types`), plain ones in ``dtype`` itself.
     """
 
     format: str
@@ -45,6 +41,7 @@ class PackedWeight:
     shape: tuple[int, int]
     dtype: torch.dtype
     tensors: Mapping[str, Tensor]
+    value_type: str = PLAIN
 
     @property
     def nbytes(self) -> int:
@@ -56,12 +53,11 @@ class PackedWeight:
 
     @property
     def nnz(self) -> int:
-        """Number of stored values (kept slots that hold a zero count)."""
-        return self.tensors["values"].numel()
+        """Number of stored values; kept slots that hold a zero count, and so do those that fill a row's last byte of int4."""
+        return self.tensors["values"].numel() * value_types.get(self.value_type).slots
 
     def to(self, device: torch.device | str) -> PackedWeight:
-        moved = {name: t.to(device) for name, t in self.tensors.items()}
-        return PackedWeight(self.format, self.version, self.pattern, self.shape, self.dtype, moved)
+        return replace(self, tensors={name: t.to(device) for name, t in self.tensors.items()})
 
 
 class Format(ABC):
@@ -75,20 +71,32 @@ class Format(ABC):
         """Whether masks of ``pattern`` are packed in this form."""
 
     @abstractmethod
-    def specs(self, shape: tuple[int, int], pattern: SparsityPattern, dtype: torch.dtype, nnz: int | None = None) -> dict[str, TensorSpec]:
+    def _layout(
+        self, shape: tuple[int, int], pattern: SparsityPattern, slots: int, nnz: int | None
+    ) -> tuple[tuple[int, ...], dict[str, TensorSpec]]:
+        """Shape of ``values``, whose elements hold ``slots`` values each, and the tensors that say where each row's values lie."""
+
+    @abstractmethod
+    def _locate(self, counts: Tensor) -> dict[str, Tensor]:
+        """The tensors that say where each row's values lie; ``counts`` int64 (rows,) are the value slots of each row."""
+
+    @abstractmethod
+    def _check_bits(self, packed: PackedWeight, rows: slice, keep: Tensor, counts: Tensor) -> str | None:
+        """What contradicts ``keep``, the kept positions of those ``rows``, and ``counts``, the value slots of each, or None."""
+
+    def specs(
+        self, shape: tuple[int, int], pattern: SparsityPattern, dtype: torch.dtype, nnz: int | None = None, value_type: str = PLAIN
+    ) -> dict[str, TensorSpec]:
         """Tensors of a packed (rows, columns) weight, known before anything is allocated.
 
         ``nnz`` (stored values) is needed where the pattern alone does not give it.
         """
+        kind = value_types.get(value_type)
+        values, located = self._layout(shape, pattern, kind.slots, nnz)
+        bitmask = TensorSpec((shape[0], -(-shape[1] // 8)), torch.uint8)
+        return {"values": TensorSpec(values, kind.element(dtype)), **located, "bitmask": bitmask, **kind.scale_specs(shape)}
 
-    @abstractmethod
-    def _pack(self, weight: Tensor, mask: Mask) -> dict[str, Tensor]: ...
-
-    @abstractmethod
-    def _check_bits(self, packed: PackedWeight, rows: slice, keep: Tensor) -> str | None:
-        """What contradicts ``keep``, the kept positions of those ``rows``, or None."""
-
-    def pack(self, weight: Tensor, mask: Mask, name: str = "weight") -> PackedWeight:
+    def pack(self, weight: Tensor, mask: Mask, name: str = "weight", value_type: str = PLAIN) -> PackedWeight:
         """Pack a (rows, columns) ``weight``; the entries that ``mask`` removes are dropped and -0.0 becomes 0.0.
 
         Raises:
@@ -105,19 +113,27 @@ class Format(ABC):
         clean = mask.apply(weight)
         if not bool(torch.isfinite(clean).all()):
             raise InputError(f"{name} holds NaN or infinite values; a packed model needs finite weights")
-        return PackedWeight(self.name, self.version, mask.pattern, mask.shape, weight.dtype, self._pack(clean, mask))
+        kind = value_types.get(value_type)
+        levels, scales = kind.quantise(clean)
+        counts = mask.keep.sum(1)
+        located = self._locate(_slots(counts, kind))
+        shape, _ = self._layout(mask.shape, mask.pattern, kind.slots, int(_slots(counts, kind).sum()))
+        values = kind.store(levels[mask.keep], counts).view(shape)
+        tensors = {"values": values, **located, "bitmask": pack_bits(mask.keep), **scales}
+        return PackedWeight(self.name, self.version, mask.pattern, mask.shape, weight.dtype, tensors, value_type)
 
     def check(self, packed: PackedWeight, name: str = "weight") -> None:
         """Validate tensors that came from outside, so that kernels may trust them.
 
         Raises:
-            CheckpointError: a tensor is missing, has another shape or type, or the bitmask contradicts the pattern or the values.
+            CheckpointError: a tensor is missing, has another shape or type, or the bitmask contradicts the pattern or the values,
+                or a quantised value or scale is out of range.
         """
         if "values" not in packed.tensors:
             raise CheckpointError(f"{name}: tensor {name}.values is missing from the checkpoint")
         try:
             packed.pattern.check_shape(packed.shape, name)
-            specs = self.specs(packed.shape, packed.pattern, packed.dtype, packed.nnz)
+            specs = self.specs(packed.shape, packed.pattern, packed.dtype, packed.nnz, packed.value_type)
         except InputError as error:
             raise CheckpointError(f"{name} cannot be what its checkpoint says: {error}") from error
         if missing := specs.keys() - packed.tensors.keys():
@@ -127,24 +143,39 @@ class Format(ABC):
             if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
                 raise CheckpointError(f"{name}.{key} is {tensor.dtype} {tuple(tensor.shape)}, expected {spec.dtype} {spec.shape}")
         # In chunks: a whole layer's positions, a byte each, would be as large as the packed weight that is being loaded.
+        kind = value_types.get(packed.value_type)
         step = max(1, _CHECKED_ELEMENTS // max(1, packed.shape[1]))
         for begin in range(0, max(1, packed.shape[0]), step):
             rows = slice(begin, begin + step)
-            if problem := self._check_bits(packed, rows, unpack_bits(packed.tensors["bitmask"][rows], packed.shape[1])):
+            keep = unpack_bits(packed.tensors["bitmask"][rows], packed.shape[1])
+            if problem := self._check_bits(packed, rows, keep, _slots(keep.sum(1), kind)):
                 raise CheckpointError(f"{name}: {problem}")
+        if problem := kind.check(packed.tensors):
+            raise CheckpointError(f"{name}: {problem}")
 
     def keep(self, packed: PackedWeight) -> Tensor:
         """Bool (rows, columns), True at the stored positions."""
         return unpack_bits(packed.tensors["bitmask"], packed.shape[1])
 
+    def levels(self, packed: PackedWeight) -> Tensor:
+        """The stored values (nnz,) row by row: the weights themselves where they are plain, else what the scales multiply."""
+        return value_types.get(packed.value_type).load(packed.tensors["values"], self.keep(packed).sum(1))
+
     def unpack(self, packed: PackedWeight) -> Tensor:
-        """The masked dense (rows, columns) weight, bit for bit what ``Mask.apply`` gave."""
-        dense = torch.zeros(packed.shape, dtype=packed.dtype, device=packed.tensors["values"].device)
-        return dense.masked_scatter_(self.keep(packed), packed.tensors["values"])
+        """The masked dense (rows, columns) weight: bit for bit what ``Mask.apply`` gave, or what its quantised values stand for."""
+        keep, kind = self.keep(packed), value_types.get(packed.value_type)
+        levels = kind.load(packed.tensors["values"], keep.sum(1))
+        dense = torch.zeros(packed.shape, dtype=levels.dtype, device=levels.device).masked_scatter_(keep, levels)
+        return kind.dequantise(dense, packed.tensors, packed.dtype)
 
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
         """The reference product x (..., columns) by Wᵀ: unpack, then a dense linear. Every kernel is checked against it."""
         return F.linear(x, self.unpack(packed), bias)
+
+
+def _slots(counts: Tensor, kind: ValueType) -> Tensor:
+    """Value slots of rows that keep ``counts`` weights each: rows are filled up to whole elements."""
+    return (counts + kind.slots - 1) // kind.slots * kind.slots if kind.slots > 1 else counts
 
 
 def pack_bits(keep: Tensor) -> Tensor:

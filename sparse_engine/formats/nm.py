@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from sparse_engine.formats import register
-from sparse_engine.formats.base import Format, PackedWeight, TensorSpec, pack_bits
-from sparse_engine.mask import Mask
+from sparse_engine.formats.base import Format, PackedWeight
 from sparse_engine.pattern import SparsityPattern
+from sparse_engine.value_types.base import TensorSpec
 
 
 class NMFormat(Format):
-    """``values`` (rows, columns·N/M) in the weight's type and ``bitmask`` uint8 (rows, ceil(columns/8)).
+    """``values`` (rows, columns·N/M), halved and rounded up for int4, and ``bitmask`` uint8 (rows, ceil(columns/8)).
 
     A group with fewer than N non-zero weights still fills N slots, so every row has the same stride.
     """
@@ -22,18 +22,16 @@ class NMFormat(Format):
     def accepts(self, pattern: SparsityPattern) -> bool:
         return pattern.is_nm
 
-    def specs(self, shape: tuple[int, int], pattern: SparsityPattern, dtype: torch.dtype, nnz: int | None = None) -> dict[str, TensorSpec]:
-        rows, columns = shape
+    def _layout(
+        self, shape: tuple[int, int], pattern: SparsityPattern, slots: int, nnz: int | None
+    ) -> tuple[tuple[int, ...], dict[str, TensorSpec]]:
         n, m = pattern.group
-        return {
-            "values": TensorSpec((rows, columns // m * n), dtype),
-            "bitmask": TensorSpec((rows, -(-columns // 8)), torch.uint8),
-        }
+        return (shape[0], -(-(shape[1] // m * n) // slots)), {}
 
-    def _pack(self, weight: Tensor, mask: Mask) -> dict[str, Tensor]:
-        return {"values": weight[mask.keep].view(weight.shape[0], -1), "bitmask": pack_bits(mask.keep)}
+    def _locate(self, counts: Tensor) -> dict[str, Tensor]:
+        return {}
 
-    def _check_bits(self, packed: PackedWeight, rows: slice, keep: Tensor) -> str | None:
+    def _check_bits(self, packed: PackedWeight, rows: slice, keep: Tensor, counts: Tensor) -> str | None:
         n, m = packed.pattern.group
         kept = keep.view(keep.shape[0], -1, m).sum(-1, dtype=torch.int32)
         if bool((kept != n).any()):

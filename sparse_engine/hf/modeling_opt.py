@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers.models.opt.configuration_opt import OPTConfig
 from transformers.models.opt.modeling_opt import OPTForCausalLM
 
-from sparse_engine import formats, models, pruners
+from sparse_engine import formats, models, pruners, value_types
 from sparse_engine.checkpoint import Checkpoint, resolve
 from sparse_engine.errors import CheckpointError, InputError
 from sparse_engine.formats.base import VALUE_DTYPES, PackedWeight
@@ -22,6 +22,7 @@ from sparse_engine.hf.config import SparseOPTConfig
 from sparse_engine.hf.quantizer import LayerEntry, SparseEngineConfig, check_kernels, sparse_linears
 from sparse_engine.pattern import SparsityPattern
 from sparse_engine.pruners.base import Needs, Pruner
+from sparse_engine.value_types import PLAIN
 
 __all__ = ["SparseOPTForCausalLM"]
 
@@ -43,6 +44,7 @@ class SparseOPTForCausalLM(OPTForCausalLM):  # type: ignore[no-untyped-call]
         nm: str | None = None,
         sparsity: float | None = None,
         pruner: str = "magnitude",
+        values: str | None = None,
         backend: str | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -53,6 +55,7 @@ class SparseOPTForCausalLM(OPTForCausalLM):  # type: ignore[no-untyped-call]
             nm: N:M pattern such as "2:4" for a dense checkpoint; weights that have it already are kept bit for bit.
             sparsity: share to remove, unstructured, instead of ``nm``.
             pruner: one that needs no calibration data.
+            values: "int8" or "int4" quantises the kept weights of a dense checkpoint; None keeps its type.
             backend: force one kernel for all layers; None lets the registry choose.
             **kwargs: as of ``PreTrainedModel.from_pretrained`` (``dtype``, ``device_map``, ``attn_implementation``, ...).
 
@@ -64,16 +67,16 @@ class SparseOPTForCausalLM(OPTForCausalLM):  # type: ignore[no-untyped-call]
         """
         pattern = _pattern(nm, sparsity)
         if pretrained_model_name_or_path is None:
-            if pattern is not None or backend is not None:
-                raise InputError("nm, sparsity and backend need a checkpoint; use SparseOPTForCausalLM.from_dense for a model in memory")
+            if pattern is not None or values is not None or backend is not None:
+                raise InputError("nm, sparsity, values and backend need a checkpoint; use from_dense for a model in memory")
             return super().from_pretrained(None, *model_args, **kwargs)
         if kwargs.pop("quantization_config", None) is not None:
             raise InputError("packed layers cannot be quantised further; leave quantization_config out")
         hub = {key: kwargs.pop(key) for key in (*_HUB_OPTIONS, "revision", "subfolder") if key in kwargs}
         path = _local(pretrained_model_name_or_path, hub)
         checkpoint = Checkpoint(path)
-        if checkpoint.kind != "dense" and pattern is not None:
-            raise InputError(f"{path} is packed already; nm and sparsity are for dense checkpoints")
+        if checkpoint.kind != "dense" and (pattern is not None or values is not None):
+            raise InputError(f"{path} is packed already; nm, sparsity and values are for dense checkpoints")
         config, kwargs = _config(checkpoint.config, kwargs)
         kwargs["use_safetensors"] = True
         if checkpoint.kind == "sparse_engine":
@@ -84,8 +87,9 @@ class SparseOPTForCausalLM(OPTForCausalLM):  # type: ignore[no-untyped-call]
             if pattern is None:
                 raise InputError(f"{path} is dense; pass nm='2:4' or sparsity=0.5 to pack it, or load it with OPTForCausalLM")
             chosen = _ready(pruner, path)
-            _check_backend(checkpoint, config, pattern, backend, kwargs)
-            state, entries = _prune(checkpoint.config, checkpoint.names(), checkpoint.tensor, pattern, chosen)
+            stored = PLAIN if values is None else value_types.quantised(values).name
+            _check_backend(checkpoint, config, pattern, stored, backend, kwargs)
+            state, entries = _prune(checkpoint.config, checkpoint.names(), checkpoint.tensor, pattern, chosen, stored)
         else:
             state, entries = _repack(checkpoint)
         if kwargs.get("generation_config") is None and (path / "generation_config.json").is_file():
@@ -100,6 +104,7 @@ class SparseOPTForCausalLM(OPTForCausalLM):  # type: ignore[no-untyped-call]
         nm: str | None = None,
         sparsity: float | None = None,
         pruner: str = "magnitude",
+        values: str | None = None,
         backend: str | None = None,
     ) -> SparseOPTForCausalLM:
         """A packed copy of a dense model in memory; weights that have the pattern already are kept bit for bit.
@@ -110,9 +115,10 @@ class SparseOPTForCausalLM(OPTForCausalLM):  # type: ignore[no-untyped-call]
         pattern = _pattern(nm, sparsity)
         if pattern is None:
             raise InputError("from_dense needs nm='2:4' or sparsity=0.5")
+        stored = PLAIN if values is None else value_types.quantised(values).name
         settings = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
         weights = model.state_dict()
-        state, entries = _prune(settings, weights, weights.__getitem__, pattern, _ready(pruner, "the model"))
+        state, entries = _prune(settings, weights, weights.__getitem__, pattern, _ready(pruner, "the model"), stored)
         config, _ = _config(settings, {})
         device_map = {"": model.device}
         name = model.config.name_or_path
@@ -176,7 +182,7 @@ class SparseOPTForCausalLM(OPTForCausalLM):  # type: ignore[no-untyped-call]
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def half(self, *args: Any) -> SparseOPTForCausalLM:
-        # The base class refuses to cast quantised models; packed values are plain floats.
+        # The base class refuses to cast quantised models; a SparseLinear knows which of its tensors a cast is for.
         return nn.Module.half(self, *args)
 
     def float(self, *args: Any) -> SparseOPTForCausalLM:
@@ -234,7 +240,12 @@ def _config(settings: Mapping[str, Any], kwargs: dict[str, Any]) -> tuple[Sparse
 
 
 def _check_backend(
-    checkpoint: Checkpoint, config: SparseOPTConfig, pattern: SparsityPattern, backend: str | None, kwargs: Mapping[str, Any]
+    checkpoint: Checkpoint,
+    config: SparseOPTConfig,
+    pattern: SparsityPattern,
+    value_type: str,
+    backend: str | None,
+    kwargs: Mapping[str, Any],
 ) -> None:
     """Refuse a backend that cannot run the model before minutes are spent on pruning."""
     family, fmt = checkpoint.family, formats.for_pattern(pattern)
@@ -247,12 +258,17 @@ def _check_backend(
     if dtype not in VALUE_DTYPES:
         return  # The loader names the types that it takes.
     shapes = ((linear, family.linear_shape(checkpoint.config, linear)) for linear in linears)
-    described = ((linear, PackedWeight(fmt.name, fmt.version, pattern, shape, dtype, {})) for linear, shape in shapes)
+    described = ((linear, PackedWeight(fmt.name, fmt.version, pattern, shape, dtype, {}, value_type)) for linear, shape in shapes)
     check_kernels(described, backend, kwargs.get("device_map"))
 
 
 def _prune(
-    settings: Mapping[str, Any], names: Iterable[str], tensor: Callable[[str], Tensor], pattern: SparsityPattern, pruner: Pruner
+    settings: Mapping[str, Any],
+    names: Iterable[str],
+    tensor: Callable[[str], Tensor],
+    pattern: SparsityPattern,
+    pruner: Pruner,
+    value_type: str,
 ) -> tuple[dict[str, Tensor], dict[str, LayerEntry]]:
     """Prune and pack the decoder linears one at a time; the other tensors pass through."""
     settings = dict(settings)
@@ -267,7 +283,7 @@ def _prune(
         linear, _, part = name.rpartition(".")
         if linear in linears and part == "weight":
             weight, mask = pruner.prune(tensor(name), None, pattern, layer=linear)
-            entries[linear] = _add(state, linear, fmt.pack(weight, mask, linear))
+            entries[linear] = _add(state, linear, fmt.pack(weight, mask, linear, value_type))
         elif not family.drops(settings, name):
             state[name] = tensor(name)
     return state, entries
@@ -286,7 +302,7 @@ def _repack(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, LayerE
 
 def _add(state: dict[str, Tensor], linear: str, packed: PackedWeight) -> LayerEntry:
     state |= {f"{linear}.{part}": tensor for part, tensor in packed.tensors.items()}
-    return LayerEntry(packed.format, packed.pattern, None if packed.pattern.is_nm else packed.nnz)
+    return LayerEntry.of(packed)
 
 
 AutoModelForCausalLM.register(SparseOPTConfig, SparseOPTForCausalLM)

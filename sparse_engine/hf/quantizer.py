@@ -15,29 +15,42 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sparse_engine import formats, models, registry
+from sparse_engine import formats, models, registry, value_types
 from sparse_engine.checkpoint import Checkpoint
 from sparse_engine.errors import CheckpointError, InputError, KernelUnavailableError
 from sparse_engine.formats.base import VALUE_DTYPES, PackedWeight
 from sparse_engine.linear import SparseLinear
 from sparse_engine.pattern import SparsityPattern
+from sparse_engine.value_types import PLAIN
 
 __all__ = ["QUANT_METHOD", "VERSION", "LayerEntry", "SparseEngineConfig", "SparseEngineQuantizer", "check_kernels", "sparse_linears"]
 
 QUANT_METHOD = "sparse_engine"
 VERSION = 1
 _KEYS = {"quant_method", "version", "layers", "backend"}
-_LAYER_KEYS = {"format", "pattern", "nnz"}
+_LAYER_KEYS = {"format", "pattern", "nnz", "values", "dtype"}
+_WEIGHT_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in VALUE_DTYPES}
 _MODULE_NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 
 
 @dataclass(frozen=True, slots=True)
 class LayerEntry:
-    """What config.json says of one packed linear; ``nnz`` (stored values) only where the pattern does not give it."""
+    """What config.json says of one packed linear.
+
+    ``nnz`` (stored values) only where the pattern does not give it; ``dtype``, the type that a quantised weight stands for, only where
+    ``value_type`` is not the plain one. A model is loaded in the loader's type whatever that is.
+    """
 
     format: str
     pattern: SparsityPattern
     nnz: int | None = None
+    value_type: str = PLAIN
+    dtype: torch.dtype | None = None
+
+    @classmethod
+    def of(cls, packed: PackedWeight) -> LayerEntry:
+        nnz = None if packed.pattern.is_nm else packed.nnz
+        return cls(packed.format, packed.pattern, nnz, packed.value_type, None if packed.value_type == PLAIN else packed.dtype)
 
     @classmethod
     def read(cls, name: Any, entry: Any) -> LayerEntry:
@@ -54,6 +67,7 @@ class LayerEntry:
         try:
             pattern = SparsityPattern.parse(str(entry["pattern"]))
             fmt = formats.get(str(entry["format"]))
+            value_type = value_types.get(str(entry.get("values", PLAIN))).name
         except InputError as error:
             raise CheckpointError(f"{where}: {error}") from None
         if not fmt.accepts(pattern):
@@ -61,11 +75,18 @@ class LayerEntry:
         nnz = entry.get("nnz")
         if not pattern.is_nm and (isinstance(nnz, bool) or not isinstance(nnz, int) or nnz < 0):
             raise CheckpointError(f"{where} needs nnz, its whole number of stored values, got {nnz!r}")
-        return cls(fmt.name, pattern, None if pattern.is_nm else nnz)
+        dtype = None if value_type == PLAIN else _WEIGHT_DTYPES.get(str(entry.get("dtype")))
+        if value_type != PLAIN and dtype is None:
+            raise CheckpointError(f"{where} needs dtype, one of {', '.join(_WEIGHT_DTYPES)}, got {entry.get('dtype')!r}")
+        return cls(fmt.name, pattern, None if pattern.is_nm else nnz, value_type, dtype)
 
     def to_dict(self) -> dict[str, Any]:
         described: dict[str, Any] = {"format": self.format, "pattern": str(self.pattern)}
-        return described if self.nnz is None else described | {"nnz": self.nnz}
+        if self.nnz is not None:
+            described["nnz"] = self.nnz
+        if self.dtype is not None:
+            described |= {"values": self.value_type, "dtype": str(self.dtype).removeprefix("torch.")}
+        return described
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -73,7 +94,8 @@ class SparseEngineConfig(QuantizationConfigMixin):
     """``quantization_config`` of a packed checkpoint.
 
     Args:
-        layers: linear name → {"format": "nm", "pattern": "2:4"} or {"format": "unstructured", "pattern": "0.5", "nnz": 1234}.
+        layers: linear name → {"format": "nm", "pattern": "2:4"} or {"format": "unstructured", "pattern": "0.5", "nnz": 1234}, with
+            "values": "int8" and "dtype": "bfloat16" where they are quantised.
         version: of this layout.
         backend: forces one kernel for all layers; a choice of the loading program, never saved.
 
@@ -100,7 +122,7 @@ class SparseEngineConfig(QuantizationConfigMixin):
         Raises:
             CheckpointError: it holds none.
         """
-        layers = {name: _entry_of(module).to_dict() for name, module in sparse_linears(model)}
+        layers = {name: LayerEntry.of(module.packed).to_dict() for name, module in sparse_linears(model)}
         return cls(layers)
 
     def to_dict(self) -> dict[str, Any]:
@@ -160,6 +182,7 @@ class SparseEngineQuantizer(HfQuantizer):
                     bias=linear.bias is not None,
                     nnz=entry.nnz,
                     dtype=dtype or linear.weight.dtype,
+                    value_type=entry.value_type,
                     device="meta",
                     backend=backend,
                 )
@@ -168,7 +191,7 @@ class SparseEngineQuantizer(HfQuantizer):
             model.set_submodule(name, packed)
         if checkpoint_files:
             _check_headers(model, Checkpoint(Path(checkpoint_files[0]).parent))
-        check_kernels(((name, _described(module)) for name, module in sparse_linears(model)), backend, device_map)
+        check_kernels(((name, module.described) for name, module in sparse_linears(model)), backend, device_map)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, module in sparse_linears(model):
@@ -176,7 +199,7 @@ class SparseEngineQuantizer(HfQuantizer):
                 raise InputError(f"{name} was offloaded, which packed layers do not support; give a device_map without cpu or disk offload")
             packed = module.packed
             module.format.check(packed, name)
-            if not bool(torch.isfinite(packed.tensors["values"]).all()):
+            if packed.value_type == PLAIN and not bool(torch.isfinite(packed.tensors["values"]).all()):
                 raise CheckpointError(f"{name}.values holds NaN or infinite values as {str(packed.dtype).removeprefix('torch.')}")
             module.plan()
         return model
@@ -209,10 +232,6 @@ def sparse_linears(model: nn.Module) -> Iterable[tuple[str, SparseLinear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, SparseLinear))
 
 
-def _entry_of(module: SparseLinear) -> LayerEntry:
-    return LayerEntry(module.format.name, module.pattern, None if module.pattern.is_nm else module.packed.nnz)
-
-
 def _devices(device_map: Any) -> list[torch.device]:
     """The devices that ``device_map`` can put layers on, the CPU where there is none.
 
@@ -237,16 +256,18 @@ def _check_headers(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         CheckpointError: one is missing, or has another shape or type than the config implies.
     """
     expected: dict[str, Tensor] = model.state_dict()
+    exact = {f"{name}.scales" for name, _ in sparse_linears(model)}
     settings = model.config.to_dict()
     for name, tensor in expected.items():
         if checkpoint.family.drops(settings, name):
             continue
         shape, dtype = checkpoint.spec(name)
-        same_kind = dtype in VALUE_DTYPES if tensor.is_floating_point() else dtype == tensor.dtype
+        castable = tensor.is_floating_point() and name not in exact
+        same_kind = dtype in VALUE_DTYPES if castable else dtype == tensor.dtype
         if shape != tuple(tensor.shape) or not same_kind:
             raise CheckpointError(
                 f"{checkpoint.path}: {name} is {dtype} {shape}, where config.json implies "
-                f"{'a floating type' if tensor.is_floating_point() else tensor.dtype} {tuple(tensor.shape)}"
+                f"{'a floating type' if castable else tensor.dtype} {tuple(tensor.shape)}"
             )
 
 
@@ -274,8 +295,3 @@ def check_kernels(layers: Iterable[tuple[str, PackedWeight]], backend: str | Non
                 except KernelUnavailableError as error:
                     hint = "; device_map= chooses the device that the model loads onto" if backend else ""
                     raise KernelUnavailableError(f"{name} on {device}: {error}{hint}") from None
-
-
-def _described(module: SparseLinear) -> PackedWeight:
-    shape = (module.out_features, module.in_features)
-    return PackedWeight(module.format.name, module.format.version, module.pattern, shape, module.values.dtype, {})

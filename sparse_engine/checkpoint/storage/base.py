@@ -13,6 +13,7 @@ from torch import Tensor
 from sparse_engine import formats
 from sparse_engine.formats.base import PackedWeight
 from sparse_engine.pattern import SparsityPattern
+from sparse_engine.value_types import PLAIN
 
 if TYPE_CHECKING:
     from sparse_engine.checkpoint.reader import Checkpoint
@@ -28,6 +29,7 @@ class LayerSpec:
     shape: tuple[int, int]
     dtype: torch.dtype
     nnz: int
+    value_type: str = PLAIN
 
     @property
     def format(self) -> str:
@@ -40,7 +42,7 @@ class LayerSpec:
 
     @classmethod
     def of(cls, packed: PackedWeight) -> LayerSpec:
-        return cls(packed.pattern, packed.shape, packed.dtype, packed.nnz)
+        return cls(packed.pattern, packed.shape, packed.dtype, packed.nnz, packed.value_type)
 
 
 class Storage(ABC):
@@ -65,6 +67,10 @@ class Storage(ABC):
     @abstractmethod
     def read(self, checkpoint: Checkpoint, linear: str) -> PackedWeight:
         """One linear's weight in its neutral packed form (not yet validated)."""
+
+    def refuses(self, value_type: str) -> str | None:
+        """Why this storage cannot hold values of that type, as a sentence, or None when it can."""
+        return None
 
     @abstractmethod
     def encode(self, linear: str, packed: PackedWeight) -> dict[str, Tensor]:

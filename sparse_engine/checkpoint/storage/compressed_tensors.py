@@ -20,6 +20,7 @@ from sparse_engine.checkpoint.storage.base import LayerSpec, Storage
 from sparse_engine.errors import CheckpointError
 from sparse_engine.formats.base import PackedWeight
 from sparse_engine.pattern import SparsityPattern
+from sparse_engine.value_types import PLAIN
 
 if TYPE_CHECKING:
     from sparse_engine.checkpoint.reader import Checkpoint
@@ -61,6 +62,14 @@ class CompressedTensorsStorage(Storage):
             starts = checkpoint.tensor(f"{linear}.row_offsets")
             tensors["row_offsets"] = F.pad(starts, (0, 1), value=spec.nnz)
         return PackedWeight(spec.format, 1, spec.pattern, spec.shape, spec.dtype, tensors)
+
+    def refuses(self, value_type: str) -> str | None:
+        if value_type == PLAIN:
+            return None
+        return (
+            f"compressed-tensors' sparse layouts hold no {value_type} values: write --format packed or dense, "
+            "or convert the checkpoint that was not quantised without --values"
+        )
 
     def encode(self, linear: str, packed: PackedWeight) -> dict[str, Tensor]:
         shape = torch.tensor(packed.shape, dtype=torch.int64)
