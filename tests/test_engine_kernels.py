@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from products import relative_error
+from test_cuda_kernels import nvcc
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.generation import logits_process
 
+from sparse_engine import cuda
 from sparse_engine.engine.kernels import (
     DecodeState,
     Embedding,
@@ -23,7 +28,15 @@ from sparse_engine.engine.kernels import (
     penalise,
     sample,
 )
-from sparse_engine.engine.kernels.sample import warp
+from sparse_engine.engine.kernels.attention import Split, choose_split
+from sparse_engine.engine.kernels.attention import _Params as AttentionParams
+from sparse_engine.engine.kernels.embed import EmbeddingParams
+from sparse_engine.engine.kernels.embed import _Params as EmbedParams
+from sparse_engine.engine.kernels.layernorm import _Params as LayerNormParams
+from sparse_engine.engine.kernels.layernorm import row_macros
+from sparse_engine.engine.kernels.sample import _Params as SampleParams
+from sparse_engine.engine.kernels.sample import _PenaltyParams as PenaltyParams
+from sparse_engine.engine.kernels.sample import macros_of, warp
 from sparse_engine.errors import InputError
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
@@ -263,6 +276,69 @@ def test_samples_follow_their_distribution(device: str) -> None:
     expected = warp(row[None], 0.8, 4, 1.0).softmax(-1)[0]
     assert torch.equal(found[expected == 0], torch.zeros(2))
     assert (found - expected).abs().max() < 0.02
+
+
+SOURCES = {
+    "layernorm.cu": [row_macros(width, dtype) for width, dtype in ((768, torch.bfloat16), (16384, torch.float32))],
+    "embed.cu": [row_macros(width, dtype) for width, dtype in ((512, torch.float16), (9216, torch.float32))],
+    "attention_decode.cu": [
+        choose_split(batch, 12, size, dtype.itemsize, 1024, 132, True).macros(size, dtype)
+        for batch, size, dtype in (
+            (1, 64, torch.bfloat16),
+            (64, 128, torch.float16),
+            (1, 80, torch.bfloat16),
+            (8, 96, torch.bfloat16),
+            (1, 256, torch.float32),
+            (2, 8, torch.float16),
+        )
+    ],
+    "sample.cu": [
+        macros_of(torch.bfloat16, make_embedding(1, 768, torch.bfloat16, "cpu")),
+        macros_of(None, make_embedding(1, 9216, torch.float32, "cpu")),
+        macros_of(torch.float16, None, chunk=True),
+    ],
+}
+
+
+@pytest.mark.parametrize(("source", "macros"), [(source, macros) for source, all_of in SOURCES.items() for macros in all_of], ids=str)
+def test_sources_compile_within_their_registers(source: str, macros: dict[str, int], tmp_path: Path) -> None:
+    for arch in ("80", "90a"):
+        spilled = [int(count) for count in re.findall(r"(\d+) bytes spill stores", nvcc(arch, source, macros, tmp_path))]
+        assert spilled
+        assert max(spilled) <= 16
+
+
+@pytest.mark.parametrize(
+    ("source", "struct", "fields"),
+    [
+        ("layernorm.cu", "Params", LayerNormParams),
+        ("embed.cu", "Params", EmbedParams),
+        ("embedding.cuh", "Embedding", EmbeddingParams),
+        ("attention_decode.cu", "Params", AttentionParams),
+        ("sample.cu", "Params", SampleParams),
+        ("sample.cu", "PenaltyParams", PenaltyParams),
+    ],
+)
+def test_parameters_match_the_source(source: str, struct: str, fields: type[ctypes.Structure]) -> None:
+    body = re.search(rf"struct {struct} \{{(.*?)\}};", (cuda.source_folder() / source).read_text(), re.S)
+    assert body is not None
+    plain = re.sub(r"//.*", "", body[1])
+    declared = [name for line in plain.split(";") for name in re.findall(r"[*\s](\w+)\s*(?:,|$)", line.strip())]
+    assert declared == [name for name, *_ in fields._fields_]
+
+
+@pytest.mark.parametrize("clusters", [True, False])
+@pytest.mark.parametrize("size", [8, 64, 80, 128, 256])
+def test_chosen_splits_fit_the_gpu(size: int, clusters: bool) -> None:
+    for batch in (1, 2, 7, 64, 500):
+        for heads in (1, 12, 40):
+            split = choose_split(batch, heads, size, 2, 2048, 132, clusters)
+            assert split.blocks in ((1, 2, 4, 8) if clusters else (1,))
+            assert 4 <= split.warps <= 16
+            # Either one block for each head, or no more than are resident at once.
+            assert split == Split(1, 4, split.unroll, split.resident) or (
+                batch * heads * split.blocks * split.warps <= 132 * split.resident
+            )
 
 
 def test_wrong_arguments_are_refused() -> None:

@@ -11,9 +11,11 @@ from torch import Tensor
 from sparse_engine.engine.kernels import launching
 from sparse_engine.errors import InputError
 
-__all__ = ["MAX_HEAD_SIZE", "Split", "attention_decode", "attention_reference", "choose_split"]
+__all__ = ["MAX_HEAD_SIZE", "Split", "attention_decode", "attention_reference", "choose_split", "per_lane"]
 
 MAX_HEAD_SIZE = 256
+_MAX_PER_LANE = 5
+"""Vectors of a position that a lane may hold before its registers run out."""
 _MAX_CLUSTER = 8
 """Blocks of a cluster that every Hopper GPU can place."""
 
@@ -22,16 +24,23 @@ _MAX_CLUSTER = 8
 class Split:
     """How one launch divides a head's positions: over ``blocks`` of a cluster and the ``warps`` of each block.
 
-    A warp has ``unroll`` 16-byte loads of K, and as many of V, in flight.
+    A group of lanes has ``unroll`` positions of K, and as many of V, in flight. ``resident`` warps fit a multiprocessor.
     """
 
     blocks: int
     warps: int
     unroll: int
+    resident: int
 
     def macros(self, head_size: int, element: torch.dtype) -> dict[str, int]:
         """What the source is compiled with."""
-        return {"ELEMENT": launching.ELEMENT[element], "HEAD_SIZE": head_size, "WARPS": self.warps, "UNROLL": self.unroll}
+        return {
+            "ELEMENT": launching.ELEMENT[element],
+            "HEAD_SIZE": head_size,
+            "WARPS": self.warps,
+            "UNROLL": self.unroll,
+            "MIN_BLOCKS": max(1, self.resident // self.warps),
+        }
 
 
 class _Params(ctypes.Structure):
@@ -44,18 +53,27 @@ class _Params(ctypes.Structure):
     )
 
 
-def choose_split(batch: int, heads: int, capacity: int, processors: int, clusters: bool) -> Split:
+def per_lane(head_size: int, itemsize: int) -> int:
+    """16-byte vectors of a position that a lane holds: a group of a power of two of lanes shares it."""
+    vectors = head_size * itemsize // 16
+    return vectors // min(vectors & -vectors, 32)
+
+
+def choose_split(batch: int, heads: int, head_size: int, itemsize: int, capacity: int, processors: int, clusters: bool) -> Split:
     """The split for ``batch`` rows of ``heads`` whose caches hold up to ``capacity`` positions, on a GPU of ``processors``.
 
-    Few heads: enough blocks to give every multiprocessor one. Many: one block per head, small, so that several share a multiprocessor.
+    As many warps as are resident at once, but no block of a cluster without 64 positions of the capacity: what is not in flight
+    does not use the memory's bandwidth.
     """
-    pairs = batch * heads
-    blocks = 1
-    while clusters and blocks < _MAX_CLUSTER and 2 * pairs * blocks <= 2 * processors and capacity > 64 * blocks:
+    held = per_lane(head_size, itemsize)
+    resident = 24 if held <= 2 else 8
+    room = processors * resident // (batch * heads)
+    blocks, warps = 1, 4
+    while clusters and blocks < _MAX_CLUSTER and 2 * blocks * warps <= room and 128 * blocks <= capacity:
         blocks *= 2
-    if pairs * blocks <= processors:
-        return Split(blocks, 8 if clusters else 16, 4)
-    return Split(blocks, 4, 4)
+    while warps < (8 if clusters or held > 2 else 16) and 2 * blocks * warps <= room:
+        warps *= 2
+    return Split(blocks, warps, max(1, 4 // held), resident)
 
 
 def attention_reference(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, out: Tensor, scale: float) -> None:
@@ -83,7 +101,7 @@ def attention_decode(
     ``split`` overrides the launch's division of the work.
 
     Raises:
-        InputError: shapes, types or devices do not fit, or D is not a multiple of 8 up to 256.
+        InputError: shapes, types or devices do not fit, or D is not 8, 24 or 40 times a power of two up to 256.
         KernelUnavailableError: the kernel cannot be compiled or launched.
     """
     if k_cache.dim() != 4 or qkv.dtype not in launching.ELEMENT:
@@ -106,7 +124,7 @@ def attention_decode(
     if not batch:
         return
     here = launching.gpu(qkv.device.index)
-    split = split or choose_split(batch, heads, capacity, here.processors, here.hopper)
+    split = split or choose_split(batch, heads, size, qkv.element_size(), capacity, here.processors, here.hopper)
     params = _Params(*(t.data_ptr() for t in (qkv, k_cache, v_cache, lengths, out)), heads, capacity, scale)
     launching.run(
         "attention_decode.cu",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_engine.engine.kernels import launching
-from sparse_engine.engine.kernels.layernorm import MAX_WIDTH, layer_norm, threads_for
+from sparse_engine.engine.kernels.layernorm import MAX_WIDTH, layer_norm, row_macros
 from sparse_engine.errors import InputError
 
 __all__ = ["POSITION_OFFSET", "Embedding", "EmbeddingParams", "Norm", "embed", "embed_reference"]
@@ -130,7 +130,6 @@ def embed(tokens: Tensor, positions: Tensor, embedding: Embedding) -> None:
         return
     if not batch:
         return
-    threads, per_thread = threads_for(embedding.width, 16 // embedding.tokens.element_size())
-    macros = {"ELEMENT": launching.ELEMENT[embedding.tokens.dtype], "THREADS": threads, "PER_THREAD": per_thread}
+    macros = row_macros(embedding.width, embedding.tokens.dtype)
     params = _Params(tokens.data_ptr(), positions.data_ptr(), embedding.params())
-    launching.run("embed.cu", "embed", macros, (batch, 1), threads, params, device)
+    launching.run("embed.cu", "embed", macros, (batch, 1), macros["THREADS"], params, device)

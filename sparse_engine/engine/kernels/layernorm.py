@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_engine.engine.kernels import launching
 from sparse_engine.errors import InputError
 
-__all__ = ["MAX_WIDTH", "layer_norm", "threads_for"]
+__all__ = ["MAX_WIDTH", "layer_norm", "row_macros"]
 
 MAX_WIDTH = 16384
 """Widest row that a block holds in registers."""
@@ -26,13 +27,14 @@ class _Params(ctypes.Structure):
     )
 
 
-def threads_for(width: int, vector: int) -> tuple[int, int]:
-    """Threads of a block and the vectors of ``vector`` elements that each holds, for rows of ``width``."""
-    vectors = width // vector
-    per_thread = 1
-    while vectors > 1024 * per_thread:
-        per_thread *= 2
-    return min(1024, -(-vectors // per_thread // 32) * 32 or 32), per_thread
+def row_macros(width: int, element: torch.dtype, *, least_threads: int = 32) -> dict[str, int]:
+    """What csrc/cuda/row_norm.cuh is compiled with for rows of ``width``: up to 1,024 threads, each with one 16-byte vector or more."""
+    vectors = width * element.itemsize // 16
+    held = 1
+    while vectors > 1024 * held:
+        held *= 2
+    threads = max(least_threads, -(-vectors // held // 32) * 32)
+    return {"ELEMENT": launching.ELEMENT[element], "THREADS": threads, "PER_THREAD": held}
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor) -> None:
@@ -57,7 +59,6 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor)
     rows = x.numel() // width
     if not rows:
         return
-    threads, per_thread = threads_for(width, 16 // x.element_size())
     params = _Params(x.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr(), width, eps)
-    macros = {"ELEMENT": launching.ELEMENT[x.dtype], "THREADS": threads, "PER_THREAD": per_thread}
-    launching.run("layernorm.cu", "layer_norm", macros, (rows, 1), threads, params, x.device)
+    macros = row_macros(width, x.dtype)
+    launching.run("layernorm.cu", "layer_norm", macros, (rows, 1), macros["THREADS"], params, x.device)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparse_engine.engine.kernels import launching
 from sparse_engine.engine.kernels.embed import Embedding, EmbeddingParams, embed_reference
-from sparse_engine.engine.kernels.layernorm import threads_for
+from sparse_engine.engine.kernels.layernorm import row_macros
 from sparse_engine.errors import InputError
 
 __all__ = ["DecodeState", "advance", "greedy", "penalise", "sample"]
@@ -23,6 +23,14 @@ _SPLITS = 8
 _THREADS = 512
 _CHUNK = 4096
 """Logits that a block of the penalties copies."""
+
+
+def macros_of(logits: torch.dtype | None, embedding: Embedding | None, *, chunk: bool = False) -> dict[str, int]:
+    """What csrc/cuda/sample.cu is compiled with for logits of a type, or tokens chosen elsewhere (None); ``chunk`` for the penalties."""
+    width, element = (embedding.width, embedding.tokens.dtype) if embedding is not None else (8, torch.float32)
+    macros = row_macros(width, element, least_threads=_THREADS if logits is not None else 32)
+    macros["LOGITS"] = launching.ELEMENT[logits or torch.float32]
+    return {**macros, "CHUNK": _CHUNK} if chunk else macros
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +108,6 @@ def _launch(state: DecodeState, logits: Tensor | None, chosen: Tensor | None, em
     batch, device = state.tokens.numel(), state.history.device
     if not batch:
         return
-    source = logits if logits is not None else state.tokens
-    vocabulary = source.shape[1] if logits is not None else 0
     table = embedding.tokens if embedding is not None else None
     if table is not None and table.device != device:
         raise InputError(f"the embedding lies on {table.device} and the state on {device}; move them to one device")
@@ -110,29 +116,16 @@ def _launch(state: DecodeState, logits: Tensor | None, chosen: Tensor | None, em
         chosen.data_ptr() if chosen is not None else None,
         *(t.data_ptr() for t in (state.tokens, state.lengths, state.history, state.filled, state.limits, state.finished, state.eos)),
         state.pad,
-        vocabulary,
+        logits.shape[1] if logits is not None else 0,
         state.history.shape[1],
         state.eos.numel(),
         int(embedding is not None),
         embedding.params() if embedding is not None else EmbeddingParams(),
     )
-    element = table.dtype if table is not None else torch.float32
-    per_thread = 1
-    threads = _THREADS
-    if embedding is not None:
-        least, per_thread = threads_for(embedding.width, 16 // embedding.tokens.element_size())
-        threads = max(threads, least) if logits is not None else least
-    elif logits is None:
-        threads = 32
+    macros = macros_of(logits.dtype if logits is not None else None, embedding)
     splits = _SPLITS if logits is not None and launching.gpu(device.index).hopper else 1
-    macros = {
-        "ELEMENT": launching.ELEMENT[element],
-        "LOGITS": launching.ELEMENT[logits.dtype] if logits is not None else 0,
-        "THREADS": threads,
-        "PER_THREAD": per_thread,
-    }
     function = "greedy" if logits is not None else "advance"
-    launching.run("sample.cu", function, macros, (batch, splits), threads, params, device, cluster=splits)
+    launching.run("sample.cu", function, macros, (batch, splits), macros["THREADS"], params, device, cluster=splits)
 
 
 def advance(state: DecodeState, chosen: Tensor, embedding: Embedding | None = None) -> None:
@@ -222,7 +215,7 @@ def penalise(
         return
     pointers = (t.data_ptr() for t in (logits, history, filled, scores))
     params = _PenaltyParams(*pointers, vocabulary, history.shape[1], no_repeat_ngram_size, repetition_penalty)
-    macros = {"ELEMENT": 2, "LOGITS": launching.ELEMENT[logits.dtype], "THREADS": _THREADS, "PER_THREAD": 1, "CHUNK": _CHUNK}
+    macros = macros_of(logits.dtype, None, chunk=True)
     launching.run("sample.cu", "penalise", macros, (batch, -(-vocabulary // _CHUNK)), _THREADS, params, device)
 
 
