@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Mask", "PackedWeight", "SparseLinear", "SparseOPTConfig", "SparseOPTForCausalLM", "SparsityPattern"]
+__all__ = ["EngineOPTForCausalLM", "Mask", "PackedWeight", "SparseLinear", "SparseOPTConfig", "SparseOPTForCausalLM", "SparsityPattern"]
 __version__ = "0.1.0"
 
 from sparse_engine.formats.base import PackedWeight
@@ -14,13 +14,13 @@ from sparse_engine.mask import Mask
 from sparse_engine.pattern import SparsityPattern
 
 if TYPE_CHECKING:
-    from sparse_engine.hf.modeling_opt import SparseOPTForCausalLM
+    from sparse_engine.hf.modeling_opt import EngineOPTForCausalLM, SparseOPTForCausalLM
 
 
 def __getattr__(name: str) -> Any:
-    # The model class takes transformers seconds to import, so it waits for its first use.
-    if name == "SparseOPTForCausalLM":
-        from sparse_engine.hf.modeling_opt import SparseOPTForCausalLM
+    # The model classes take transformers seconds to import, so they wait for their first use.
+    if name in ("EngineOPTForCausalLM", "SparseOPTForCausalLM"):
+        from sparse_engine.hf import modeling_opt
 
-        return SparseOPTForCausalLM
+        return getattr(modeling_opt, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from sparse_engine import formats, plan, registry
 from sparse_engine.errors import InputError
-from sparse_engine.formats.base import PackedWeight
+from sparse_engine.formats.base import PackedWeight, stack
 from sparse_engine.pattern import SparsityPattern
 from sparse_engine.policy import Policy
 from sparse_engine.value_types import PLAIN
@@ -134,15 +135,57 @@ class SparseLinear(nn.Module):
         return self._plan
 
     def forward(self, x: Tensor) -> Tensor:
+        kernel, layout = self._chosen(x)
+        return kernel.run(x, layout, self.bias, self.pattern)
+
+    def fused(self, x: Tensor, *, relu: bool = False, residual: Tensor | None = None) -> Tensor:
+        """``forward``, then ReLU, then + ``residual`` (..., out_features), in the kernel's epilogue where it has one."""
+        kernel, layout = self._chosen(x)
+        return kernel.run_fused(x, layout, self.bias, self.pattern, relu=relu, residual=residual)
+
+    def _chosen(self, x: Tensor) -> tuple[registry.Kernel, registry.Layout]:
         steps = self._plan
         if steps is None:
             steps = self.plan()
         rows = x.numel() // self.in_features
         for limit, kernel, layout in steps:
             if rows <= limit:
-                return kernel.run(x, layout, self.bias, self.pattern)
-        _, kernel, layout = steps[-1]
-        return kernel.run(x, layout, self.bias, self.pattern)
+                return kernel, layout
+        return steps[-1][1], steps[-1][2]
+
+    @classmethod
+    def stacked(cls, parts: Sequence[SparseLinear]) -> SparseLinear | None:
+        """One layer with the outputs of ``parts`` (same input, pattern and type) side by side; None where its kernel cannot share.
+
+        The parts then read their weights from its layout, so that nothing is held twice. They go on working, and a move or cast of a
+        part gives it its own weight again.
+        """
+        first = parts[0]
+        alike = [(p.in_features, p.pattern, p.dtype, p.value_type, p.backend, p.dense, p.values.device, p.bias is None) for p in parts]
+        if len(set(alike)) > 1:
+            return None
+        bias = None if first.bias is None else torch.cat([part.bias.detach() for part in parts if part.bias is not None])
+        whole = cls.from_packed(stack([part.packed for part in parts]), bias, backend=first.backend, dense=first.dense)
+        steps = whole.plan()
+        plans: list[tuple[tuple[int, registry.Kernel, registry.Layout], ...]] = []
+        begin = 0
+        for part in parts:
+            end = begin + part.out_features
+            views = [(limit, kernel, kernel.rows_of(layout, begin, end)) for limit, kernel, layout in steps]
+            if any(view is None for _, _, view in views):
+                return None
+            plans.append(tuple((limit, kernel, view) for limit, kernel, view in views if view is not None))
+            begin = end
+        for part, steps_of_part in zip(parts, plans, strict=True):
+            part._plan, part._layout_owner = steps_of_part, whole._layout_owner
+            for name in part.packed_names:
+                setattr(part, name, getattr(part, name).new_empty(0))
+        return whole
+
+    @property
+    def packed_names(self) -> list[str]:
+        """Names of the buffers that hold the packed weight."""
+        return [name for name, _ in self.named_buffers(recurse=False)]
 
     def unpack(self) -> Tensor:
         """The masked dense weight (out_features, in_features)."""

@@ -175,6 +175,26 @@ class Kernel(ABC):
     def run(self, x: Tensor, layout: Layout, bias: Tensor | None, pattern: SparsityPattern) -> Tensor:
         """x (..., in_features) by the layout's weight, plus bias (out_features,); gives (..., out_features)."""
 
+    def run_fused(
+        self,
+        x: Tensor,
+        layout: Layout,
+        bias: Tensor | None,
+        pattern: SparsityPattern,
+        *,
+        relu: bool = False,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """:meth:`run`, then ReLU, then + ``residual`` (..., out_features): a kernel with an epilogue does it there."""
+        y = self.run(x, layout, bias, pattern)
+        if relu:
+            y = torch.relu(y)
+        return y if residual is None else y + residual
+
+    def rows_of(self, layout: Layout, begin: int, end: int) -> Layout | None:
+        """Views of ``layout`` that are the layout of output rows begin … end - 1 alone, or None where it cannot be cut there."""
+        return None
+
     def run_config(self, x: Tensor, layout: Layout, bias: Tensor | None, pattern: SparsityPattern, config: Config) -> Tensor:
         """:meth:`run` with one of :meth:`configs` instead of the kernel's own choice; for tuning, which times it."""
         return self.run(x, layout, bias, pattern)

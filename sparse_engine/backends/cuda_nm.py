@@ -161,6 +161,25 @@ class CudaNMKernel(Kernel):
         rows, columns, _ = layout["extent"].shape
         return _op(x, layout["weight"], bias, None, rows, columns, pattern.group[1], False)
 
+    def run_fused(
+        self,
+        x: Tensor,
+        layout: Layout,
+        bias: Tensor | None,
+        pattern: SparsityPattern,
+        *,
+        relu: bool = False,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        rows, columns, _ = layout["extent"].shape
+        return _op(x, layout["weight"], bias, residual, rows, columns, pattern.group[1], relu)
+
+    def rows_of(self, layout: Layout, begin: int, end: int) -> Layout | None:
+        if begin % 16 or (end % 16 and end != layout["extent"].shape[0]):
+            return None
+        extent = layout["extent"].new_empty((end - begin, *layout["extent"].shape[1:]))
+        return {"weight": layout["weight"][begin // 16 : -(-end // 16)], "extent": extent}
+
     def run_config(self, x: Tensor, layout: Layout, bias: Tensor | None, pattern: SparsityPattern, config: Config) -> Tensor:
         if (chosen := parse(str(pattern), config)) is None:
             return self.run(x, layout, bias, pattern)

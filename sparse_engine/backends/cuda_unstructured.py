@@ -239,6 +239,35 @@ class CudaUnstructuredKernel(Kernel):
         tensors = (layout["weight"], layout["masks"], layout["offsets"], layout["counts"])
         return _op(x, *tensors, bias, None, rows, columns, depth, False)
 
+    def run_fused(
+        self,
+        x: Tensor,
+        layout: Layout,
+        bias: Tensor | None,
+        pattern: SparsityPattern,
+        *,
+        relu: bool = False,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        rows, columns, depth, _ = layout["extent"].shape
+        tensors = (layout["weight"], layout["masks"], layout["offsets"], layout["counts"])
+        return _op(x, *tensors, bias, residual, rows, columns, depth, relu)
+
+    def rows_of(self, layout: Layout, begin: int, end: int) -> Layout | None:
+        if begin % 16 or (end % 16 and end != layout["extent"].shape[0]):
+            return None
+        tiles = slice(begin // 16, -(-end // 16))
+        units = layout["masks"].shape[1]
+        offsets = layout["offsets"][tiles.start * units : tiles.stop * units + 1]
+        first, last = offsets[[0, -1]].tolist()
+        return {
+            "weight": layout["weight"][first * 8 : last * 8],
+            "masks": layout["masks"][tiles],
+            "offsets": offsets - first,
+            "counts": layout["counts"][tiles],
+            "extent": layout["extent"].new_empty((end - begin, *layout["extent"].shape[1:])),
+        }
+
     def run_config(self, x: Tensor, layout: Layout, bias: Tensor | None, pattern: SparsityPattern, config: Config) -> Tensor:
         if (chosen := parse("unstructured", config)) is None:
             return self.run(x, layout, bias, pattern)

@@ -56,5 +56,8 @@ class DenseKernel(Kernel):
     def run(self, x: Tensor, layout: Layout, bias: Tensor | None, pattern: SparsityPattern) -> Tensor:
         return F.linear(x, layout["weight"], bias)
 
+    def rows_of(self, layout: Layout, begin: int, end: int) -> Layout | None:
+        return {name: tensor[begin:end] for name, tensor in layout.items()}
+
 
 register(DenseKernel())

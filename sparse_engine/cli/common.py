@@ -105,9 +105,8 @@ def load_model(path: Path, *, backend: str | None, dtype: torch.dtype | None, de
         CheckpointError: the checkpoint cannot be used.
         KernelUnavailableError: ``backend`` cannot run its layers.
     """
-    from transformers import OPTForCausalLM
-
     from sparse_engine.checkpoint import Checkpoint
+    from sparse_engine.hf import EngineOPTForCausalLM, SparseOPTForCausalLM
 
     quiet_transformers()
     dense = Checkpoint(path).kind == "dense"
@@ -115,10 +114,8 @@ def load_model(path: Path, *, backend: str | None, dtype: torch.dtype | None, de
         raise InputError(f"{path} is dense and runs on torch's own linear; --backend chooses among kernels for packed checkpoints")
     if dense:
         # Our reader has refused pickled weights by now; safetensors alone are left to load.
-        model: Any = OPTForCausalLM.from_pretrained(path, dtype=dtype or "auto", use_safetensors=True)
+        model: Any = EngineOPTForCausalLM.from_pretrained(path, dtype=dtype or "auto", use_safetensors=True)
     else:
-        from sparse_engine.hf import SparseOPTForCausalLM
-
         model = SparseOPTForCausalLM.from_pretrained(path, backend=backend, dtype=dtype or "auto")
     return model.to(device).eval()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -18,7 +18,7 @@ from sparse_engine.pattern import SparsityPattern
 from sparse_engine.value_types import PLAIN
 from sparse_engine.value_types.base import TensorSpec, ValueType
 
-__all__ = ["VALUE_DTYPES", "Format", "PackedWeight", "TensorSpec", "pack_bits", "unpack_bits"]
+__all__ = ["VALUE_DTYPES", "Format", "PackedWeight", "TensorSpec", "pack_bits", "stack", "unpack_bits"]
 
 VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Types that a packed weight may have: of its plain values, of what quantised ones stand for, and of the activations it meets."""
@@ -58,6 +58,20 @@ class PackedWeight:
 
     def to(self, device: torch.device | str) -> PackedWeight:
         return replace(self, tensors={name: t.to(device) for name, t in self.tensors.items()})
+
+
+def stack(parts: Sequence[PackedWeight]) -> PackedWeight:
+    """The weight whose rows are those of ``parts``, one after the other; all of one pattern, type and number of columns."""
+    first = parts[0]
+    tensors = {}
+    for name in first.tensors:
+        pieces = [part.tensors[name] for part in parts]
+        if name == "row_offsets":
+            ends = [int(piece[-1]) for piece in pieces]
+            starts = [sum(ends[:i]) for i in range(len(parts))]
+            pieces = [pieces[0], *(piece[1:] + start for piece, start in zip(pieces[1:], starts[1:], strict=True))]
+        tensors[name] = torch.cat(pieces)
+    return replace(first, shape=(sum(part.shape[0] for part in parts), first.shape[1]), tensors=tensors)
 
 
 class Format(ABC):

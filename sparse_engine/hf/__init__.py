@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 from sparse_engine.hf.config import SparseOPTConfig
 
 if TYPE_CHECKING:
-    from sparse_engine.hf.modeling_opt import SparseOPTForCausalLM
+    from sparse_engine.hf.modeling_opt import EngineOPTForCausalLM, SparseOPTForCausalLM
     from sparse_engine.hf.quantizer import SparseEngineConfig, SparseEngineQuantizer
 
-__all__ = ["SparseEngineConfig", "SparseEngineQuantizer", "SparseOPTConfig", "SparseOPTForCausalLM"]
+__all__ = ["EngineOPTForCausalLM", "SparseEngineConfig", "SparseEngineQuantizer", "SparseOPTConfig", "SparseOPTForCausalLM"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "SparseOPTForCausalLM":
+    if name in ("EngineOPTForCausalLM", "SparseOPTForCausalLM"):
         from sparse_engine.hf import modeling_opt
 
-        return modeling_opt.SparseOPTForCausalLM
+        return getattr(modeling_opt, name)
     if name in ("SparseEngineConfig", "SparseEngineQuantizer"):
         from sparse_engine.hf import quantizer
 

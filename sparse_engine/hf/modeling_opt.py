@@ -16,6 +16,7 @@ from transformers.models.opt.modeling_opt import OPTForCausalLM
 
 from sparse_engine import formats, models, pruners, value_types
 from sparse_engine.checkpoint import Checkpoint, resolve
+from sparse_engine.engine.generation import EngineGeneration
 from sparse_engine.errors import CheckpointError, InputError
 from sparse_engine.formats.base import VALUE_DTYPES, PackedWeight
 from sparse_engine.hf.config import SparseOPTConfig
@@ -24,14 +25,18 @@ from sparse_engine.pattern import SparsityPattern
 from sparse_engine.pruners.base import Needs, Pruner
 from sparse_engine.value_types import PLAIN
 
-__all__ = ["SparseOPTForCausalLM"]
+__all__ = ["EngineOPTForCausalLM", "SparseOPTForCausalLM"]
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 _LOADING_OPTIONS = ("dtype", "torch_dtype", "attn_implementation", "_from_auto", "_from_pipeline")
 """Arguments of the loader that a config would swallow as its own fields."""
 
 
-class SparseOPTForCausalLM(OPTForCausalLM):  # type: ignore[no-untyped-call]
+class EngineOPTForCausalLM(EngineGeneration, OPTForCausalLM):  # type: ignore[no-untyped-call]
+    """A dense OPT whose ``generate`` runs in the engine: what the packed model's speed is compared with."""
+
+
+class SparseOPTForCausalLM(EngineGeneration, OPTForCausalLM):  # type: ignore[no-untyped-call]
     """OPT (Zhang et al. 2022) whose pruned linears stay packed in memory; otherwise used like ``OPTForCausalLM``."""
 
     config_class = SparseOPTConfig

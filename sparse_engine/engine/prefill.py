@@ -1,0 +1,129 @@
+"""The prompt's pass through the decoder: prompts of any lengths one behind the other, without padding, into rows of the caches."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_engine.engine.kernels.embed import POSITION_OFFSET
+from sparse_engine.engine.weights import DecoderLayer, DecoderWeights, LayerNormWeights
+
+__all__ = ["CHUNK_TOKENS", "prefill"]
+
+CHUNK_TOKENS = 16384
+"""Prompt tokens that pass at a time, which bounds the memory of the activations; a longer prompt passes alone."""
+
+
+def prefill(weights: DecoderWeights, k_cache: Tensor, v_cache: Tensor, rows: Sequence[int], prompts: Sequence[Tensor]) -> Tensor:
+    """Run ``prompts``, int64 (P_i,) with P_i ≥ 1, and keep their keys and values in ``rows`` of the caches (layers, B, heads, S, D).
+
+    Gives the logits (len(prompts), V) behind each prompt.
+    """
+    chunks = list(_chunks([len(prompt) for prompt in prompts]))
+    logits = [_pass(weights, k_cache, v_cache, [rows[i] for i in chunk], [prompts[i] for i in chunk]) for chunk in chunks]
+    return torch.cat(logits) if len(logits) > 1 else logits[0]
+
+
+def _chunks(lengths: Sequence[int]) -> Iterator[list[int]]:
+    chunk: list[int] = []
+    tokens = 0
+    for index, length in enumerate(lengths):
+        if chunk and tokens + length > CHUNK_TOKENS:
+            yield chunk
+            chunk, tokens = [], 0
+        chunk.append(index)
+        tokens += length
+    yield chunk
+
+
+def _pass(weights: DecoderWeights, k_cache: Tensor, v_cache: Tensor, rows: Sequence[int], prompts: Sequence[Tensor]) -> Tensor:
+    device = k_cache.device
+    lengths = [len(prompt) for prompt in prompts]
+    ends = list(itertools.accumulate(lengths))
+    place = torch.cat([torch.arange(length, device=device) for length in lengths])
+    row = torch.tensor(rows, device=device).repeat_interleave(torch.tensor(lengths, device=device), output_size=ends[-1])
+    h = weights.tokens[torch.cat(list(prompts))]
+    if weights.project_in is not None:
+        h = weights.project_in(h)
+    h = h + weights.positions[place + POSITION_OFFSET]
+    attend = _Attention(lengths, weights.heads, device)
+    for layer, keys, values in zip(weights.layers, k_cache, v_cache, strict=True):
+        h = _layer(layer, h, weights.norm_first, attend, (keys, values, row, place))
+    h = h[torch.tensor(ends, device=device) - 1]
+    return head(weights, h)
+
+
+def head(weights: DecoderWeights, h: Tensor) -> Tensor:
+    """Logits (B, V) of the last layer's output (B, H)."""
+    if weights.final_norm is not None:
+        h = _norm(weights.final_norm, h)
+    if weights.project_out is not None:
+        h = weights.project_out(h)
+    return weights.head(h)
+
+
+def _layer(layer: DecoderLayer, h: Tensor, norm_first: bool, attend: _Attention, cache: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+    keys, values, row, place = cache
+    qkv = layer.qkv(_norm(layer.attention_norm, h) if norm_first else h)
+    q, k, v = qkv.view(len(qkv), 3, attend.heads, -1).unbind(1)
+    keys[row, :, place], values[row, :, place] = k, v
+    h = _added(*layer.out.onto(h, attend(q, k, v)))
+    if not norm_first:
+        h = _norm(layer.attention_norm, h)
+    h = _added(*layer.fc2.onto(h, layer.fc1(_norm(layer.ffn_norm, h) if norm_first else h, relu=True)))
+    return h if norm_first else _norm(layer.ffn_norm, h)
+
+
+def _norm(weights: LayerNormWeights, h: Tensor) -> Tensor:
+    return F.layer_norm(h, h.shape[-1:], weights.weight, weights.bias, weights.eps)
+
+
+def _added(h: Tensor, pending: Tensor | None) -> Tensor:
+    return h if pending is None else h + pending
+
+
+class _Attention:
+    """Causal attention of prompts that lie one behind the other: q, k, v (T, heads, D) to (T, heads · D)."""
+
+    def __init__(self, lengths: Sequence[int], heads: int, device: torch.device) -> None:
+        self.lengths, self.heads = lengths, heads
+        self.longest = max(lengths)
+        self.bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scale = q.shape[-1] ** -0.5
+        if len(set(self.lengths)) == 1:
+            out = _causal([t.view(-1, self.longest, *t.shape[1:]).transpose(1, 2) for t in (q, k, v)], scale)
+            return out.transpose(1, 2).reshape(len(q), -1)
+        if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and (flash := _varlen()) is not None:
+            out = flash(q, k, v, self.bounds, self.bounds, self.longest, self.longest, window_size=(-1, 0), scale=scale)
+            return out.reshape(len(q), -1)
+        bounds = self.bounds.tolist()
+        outs = [
+            _causal([t[begin:end].transpose(0, 1)[None] for t in (q, k, v)], scale)[0].transpose(0, 1)
+            for begin, end in itertools.pairwise(bounds)
+        ]
+        return torch.cat(outs).reshape(len(q), -1)
+
+
+def _causal(qkv: Sequence[Tensor], scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], is_causal=True, scale=scale)
+
+
+@cache
+def _varlen() -> Callable[..., Tensor] | None:
+    """torch's attention over sequences of several lengths where this version has it in the form used here, or None."""
+    try:
+        varlen: Any = importlib.import_module("torch.nn.attention.varlen")
+    except ImportError:
+        return None
+    known = inspect.signature(varlen.varlen_attn).parameters.keys()
+    return varlen.varlen_attn if {"window_size", "scale"} <= known else None

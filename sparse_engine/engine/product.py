@@ -1,0 +1,101 @@
+"""Products of a decode step: a packed or dense linear with its bias, ReLU and residual in one call, and q, k, v as one product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_engine.linear import SparseLinear
+
+__all__ = ["DenseProduct", "PackedProduct", "Product", "SideBySide", "product", "stacked"]
+
+
+class Product:
+    """y (M, out) = x (M, in) Wᵀ + b, then ReLU where asked for."""
+
+    def __call__(self, x: Tensor, *, relu: bool = False) -> Tensor:
+        raise NotImplementedError
+
+    def onto(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``residual`` + y as (sum, None), or (``residual``, y) where adding them is left to the LayerNorm that follows."""
+        return residual, self(x)
+
+
+class PackedProduct(Product):
+    def __init__(self, module: SparseLinear) -> None:
+        self.module = module
+        module.plan()
+
+    def __call__(self, x: Tensor, *, relu: bool = False) -> Tensor:
+        return self.module.fused(x, relu=relu)
+
+    def onto(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.module.fused(x, residual=residual), None
+
+
+class DenseProduct(Product):
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+        self.transposed = weight.t()
+
+    def __call__(self, x: Tensor, *, relu: bool = False) -> Tensor:
+        if relu and self.bias is not None and x.is_cuda:
+            # cuBLASLt applies the ReLU in its epilogue.
+            return torch._addmm_activation(self.bias, x, self.transposed)
+        y = F.linear(x, self.weight, self.bias)
+        return F.relu(y) if relu else y
+
+
+class SideBySide(Product):
+    """Several products of one input, their outputs concatenated: what runs where their weights cannot be stacked."""
+
+    def __init__(self, products: Sequence[Product]) -> None:
+        self.products = products
+
+    def __call__(self, x: Tensor, *, relu: bool = False) -> Tensor:
+        return torch.cat([one(x, relu=relu) for one in self.products], -1)
+
+
+def product(module: nn.Module) -> Product:
+    """The product of a ``SparseLinear`` or ``nn.Linear``."""
+    if isinstance(module, SparseLinear):
+        return PackedProduct(module)
+    assert isinstance(module, nn.Linear)
+    return DenseProduct(module.weight.detach(), None if module.bias is None else module.bias.detach())
+
+
+def stacked(modules: Sequence[nn.Module]) -> Product:
+    """One product that computes the outputs of ``modules`` side by side; the modules keep working, on views of its weight."""
+    if all(isinstance(module, SparseLinear) for module in modules):
+        layers = [module for module in modules if isinstance(module, SparseLinear)]
+        whole = SparseLinear.stacked(layers)
+        return PackedProduct(whole) if whole is not None else SideBySide([PackedProduct(layer) for layer in layers])
+    if not all(type(module) is nn.Linear for module in modules):
+        return SideBySide([product(module) for module in modules])
+    linears = [module for module in modules if isinstance(module, nn.Linear)]
+    if len({module.bias is None for module in linears}) > 1:
+        return SideBySide([product(module) for module in linears])
+    weight = _join(linears)
+    bias = None if linears[0].bias is None else torch.cat([module.bias.detach() for module in linears])
+    return DenseProduct(weight, bias)
+
+
+def _join(linears: Sequence[nn.Linear]) -> Tensor:
+    """The linears' weights one below the other in one tensor, of which they become views."""
+    weights = [linear.weight.detach() for linear in linears]
+    rows = [len(weight) for weight in weights]
+    base = weights[0]._base if weights[0]._base is not None else None
+    places = [weight.data_ptr() for weight in weights]
+    if base is not None and base.shape == (sum(rows), weights[0].shape[1]) and base.data_ptr() == places[0]:
+        ends = [place + weight.nbytes for place, weight in zip(places, weights, strict=True)]
+        if places[1:] == ends[:-1]:
+            return base  # joined by an earlier runner of this model
+    whole = torch.cat(weights)
+    begin = 0
+    for linear, count in zip(linears, rows, strict=True):
+        linear.weight.data = whole[begin : begin + count]
+        begin += count
+    return whole
