@@ -36,10 +36,10 @@ __all__ = [
 
 LIBRARY_VARIABLE = "SPARSE_ENGINE_NATIVE_LIBRARY"
 ISA_VARIABLE = "SPARSE_ENGINE_ISA"
-ABI_VERSION = 2
+ABI_VERSION = 3
 
-DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-"""Value types of the library and their codes in its header."""
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3, torch.uint8: 4}
+"""Types of tensors and their codes in the library's header; int4 values, two in a byte, are uint8 here."""
 
 _OUT_OF_MEMORY, _UNKNOWN_ISA, _UNSUPPORTED_ISA = 2, 3, 4
 
@@ -51,9 +51,12 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "isa": (_I32, [ctypes.POINTER(ctypes.c_char_p)]),
     "set_isa": (_I32, [ctypes.c_char_p]),
     "has_amx_bf16": (_I32, []),
-    "linear": (_I32, [_I32, _POINTER, _POINTER, _I64, _POINTER, _POINTER, _I64, _I64, _POINTER, _POINTER, _I64, _I64, _I64, _I32]),
-    "dense_linear": (_I32, [_I32, _POINTER, _POINTER, _POINTER, _POINTER, _I64, _I64, _I64, _I32]),
-    "expand_tile": (_I32, [_I32, _I32, _POINTER, _I64, _POINTER, _POINTER, _I64, _I64, _I64, _I64, _I64, _POINTER, _I32]),
+    "linear": (
+        _I32,
+        [_I32, _POINTER, _I32, _POINTER, _I64, _POINTER, _POINTER, _POINTER, _I64, _I64, _POINTER, _POINTER, _I64, _I64, _I64, _I32],
+    ),
+    "dense_linear": (_I32, [_I32, _POINTER, _I32, _POINTER, _POINTER, _POINTER, _POINTER, _I64, _I64, _I64, _I32]),
+    "expand_tile": (_I32, [_I32, _I32, _POINTER, _I64, _POINTER, _POINTER, _POINTER, _I64, _I64, _I64, _I64, _I64, _POINTER, _I32]),
     "advise_huge_pages": (None, [_POINTER, _I64]),
     "read": (_I32, [_POINTER, _I64, _I32, ctypes.POINTER(ctypes.c_uint64)]),
 }
@@ -165,33 +168,46 @@ def has_amx_bf16() -> bool:
     return bool(_library().has_amx_bf16())
 
 
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _count(values: Tensor) -> int:
+    """Values in a tensor of them: int4 ones lie two in a byte, where the one that fills up an odd row counts."""
+    return 2 * values.numel() if values.dtype is torch.uint8 else values.numel()
+
+
 def linear(
     x: Tensor,
     values: Tensor,
+    scales: Tensor | None,
     bitmask: Tensor,
     row_offsets: Tensor | None,
     bias: Tensor | None,
-    group: int,
+    n: int,
+    m: int,
     out: Tensor,
     threads: int,
 ) -> None:
-    """out = x Wᵀ + bias with W packed; x (m, columns), out (m, rows), all contiguous CPU tensors of the values' type.
+    """out = x Wᵀ + bias with W packed; x (rows of x, columns), out (rows of x, rows), bias (rows,) of one type, all contiguous on the CPU.
 
-    ``group`` is M of an N:M pattern and 0 for an unstructured one.
+    ``values`` are plain ones, or int8 or int4 ones with their ``scales``, which quantise x row by row to int8 too
+    (:mod:`sparse_engine.value_types` gives their layout). ``n`` and ``m`` are those of an N:M pattern and 0 for an unstructured one.
     """
     library = _library()
     rows, columns = bitmask.shape[0], x.shape[-1]
-    count = values.numel()
     if status := library.linear(
-        DTYPES[values.dtype],
+        DTYPES[x.dtype],
         x.data_ptr(),
+        DTYPES[values.dtype],
         values.data_ptr(),
-        count,
+        _count(values),
+        _address(scales),
         bitmask.data_ptr(),
-        None if row_offsets is None else row_offsets.data_ptr(),
-        count // rows if rows else 0,
-        group,
-        None if bias is None else bias.data_ptr(),
+        _address(row_offsets),
+        columns // m * n if m else 0,
+        m,
+        _address(bias),
         out.data_ptr(),
         out.numel() // rows if rows else 0,
         rows,
@@ -201,15 +217,17 @@ def linear(
         _raise(library, status, os.environ.get(ISA_VARIABLE, ""))
 
 
-def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, threads: int) -> None:
-    """out = x Wᵀ + bias with W (rows, columns) dense; x (m, columns), out (m, rows), all contiguous CPU tensors of one type."""
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, threads: int, scales: Tensor | None = None) -> None:
+    """out = x Wᵀ + bias with W (rows, columns) dense, plain or int8 with ``scales`` (rows,); the rest as for :func:`linear`."""
     library = _library()
     rows, columns = weight.shape
     if status := library.dense_linear(
-        DTYPES[weight.dtype],
+        DTYPES[x.dtype],
         x.data_ptr(),
+        DTYPES[weight.dtype],
         weight.data_ptr(),
-        None if bias is None else bias.data_ptr(),
+        _address(scales),
+        _address(bias),
         out.data_ptr(),
         out.numel() // rows if rows else 0,
         rows,
@@ -220,20 +238,33 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, th
 
 
 def expand_tile(
-    values: Tensor, bitmask: Tensor, row_offsets: Tensor | None, group: int, columns: int, begin: int, end: int, out: Tensor, threads: int
+    values: Tensor,
+    scales: Tensor | None,
+    bitmask: Tensor,
+    row_offsets: Tensor | None,
+    n: int,
+    m: int,
+    columns: int,
+    begin: int,
+    end: int,
+    out: Tensor,
+    threads: int,
 ) -> None:
-    """Rows begin .. end - 1 of a packed weight into ``out`` (end - begin, columns), contiguous, of the values' type or fp32."""
+    """Rows begin .. end - 1 of a packed weight into ``out`` (end - begin, columns), contiguous, of the values' type or fp32.
+
+    Of int8 and int4 values into any of bf16, fp16 and fp32; the rest as for :func:`linear`.
+    """
     library = _library()
-    rows, count = bitmask.shape[0], values.numel()
     if status := library.expand_tile(
         DTYPES[values.dtype],
         DTYPES[out.dtype],
         values.data_ptr(),
-        count,
+        _count(values),
+        _address(scales),
         bitmask.data_ptr(),
-        None if row_offsets is None else row_offsets.data_ptr(),
-        count // rows if rows else 0,
-        group,
+        _address(row_offsets),
+        columns // m * n if m else 0,
+        m,
         begin,
         end,
         columns,

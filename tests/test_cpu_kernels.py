@@ -86,14 +86,21 @@ def assert_close(actual: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
     assert error <= TOLERANCE[dtype] * scale, f"relative error {error / scale if scale else error:.2e}"
 
 
+def library_arguments(packed: PackedWeight) -> tuple[Tensor | None, ...]:
+    """values, scales, bitmask, row_offsets: in the order of the library's functions."""
+    return tuple(packed.tensors.get(name) for name in ("values", "scales", "bitmask", "row_offsets"))
+
+
+def nm(packed: PackedWeight) -> tuple[int, int]:
+    return packed.pattern.n or 0, packed.pattern.m or 0
+
+
 def native_product(x: Tensor, packed: PackedWeight, bias: Tensor | None, threads: int) -> Tensor:
     """The library's own product into NaN-filled memory, with guard words on both sides of it."""
     rows = packed.shape[0]
     whole = torch.full((x.shape[0] * rows + 32,), float("nan"), dtype=x.dtype)
     out = whole[16 : 16 + x.shape[0] * rows].view(x.shape[0], rows)
-    tensors = packed.tensors
-    group = packed.pattern.m or 0
-    native.linear(x, tensors["values"], tensors["bitmask"], tensors.get("row_offsets"), bias, group, out, threads)
+    native.linear(x, *library_arguments(packed), bias, *nm(packed), out, threads)
     assert torch.isnan(whole[:16]).all(), "wrote in front of the output"
     assert torch.isnan(whole[16 + out.numel() :]).all(), "wrote behind the output"
     return out
@@ -197,12 +204,11 @@ def test_expanded_tiles_are_exact(pattern: str, shape: tuple[int, int], dtype: t
     torch.manual_seed(0)
     packed = pack(pattern, shape, dtype)
     dense = unpacked(packed)
-    tensors = packed.tensors
     for begin, end in {(0, shape[0]), (0, 0), (shape[0] // 2, shape[0]), (shape[0] // 3, shape[0] // 2)}:
         for out_dtype in {dtype, torch.float32}:
             whole = torch.full(((end - begin) * shape[1] + 32,), float("nan"), dtype=out_dtype)
             out = whole[16 : whole.numel() - 16].view(end - begin, shape[1])
-            native.expand_tile(tensors["values"], tensors["bitmask"], tensors.get("row_offsets"), 0, shape[1], begin, end, out, 2)
+            native.expand_tile(*library_arguments(packed), *nm(packed), shape[1], begin, end, out, 2)
             assert torch.equal(out, dense[begin:end].to(out_dtype))
             assert torch.isnan(whole[:16]).all()
             assert torch.isnan(whole[-16:]).all()
@@ -247,20 +253,19 @@ def test_nothing_behind_the_tensors_is_read(pattern: str, shape: tuple[int, int]
     try:
         packed = pack(pattern, shape, dtype)
         placed = {name: fence.place(tensor) for name, tensor in packed.tensors.items()}
-        values, bitmask, row_offsets = placed["values"], placed["bitmask"], placed.get("row_offsets")
+        tensors = (placed["values"], None, placed["bitmask"], placed.get("row_offsets"))
         bias = fence.place(torch.randn(shape[0]).to(dtype))
         dense = fence.place(unpacked(packed))
-        group = packed.pattern.m or 0
         for m in (1, 3, 8):
             x = fence.place(torch.randn(m, shape[1]).to(dtype))
             out = fence.place(torch.full((m, shape[0]), float("nan"), dtype=dtype))
-            native.linear(x, values, bitmask, row_offsets, bias, group, out, 2)
+            native.linear(x, *tensors, bias, *nm(packed), out, 2)
             assert_close(out, expected(x, packed, bias), dtype)
             native.dense_linear(x, dense, bias, out.fill_(float("nan")), 2)
             assert_close(out, expected(x, packed, bias), dtype)
         for out_dtype in {dtype, torch.float32}:
             tile = fence.place(torch.full(shape, float("nan"), dtype=out_dtype))
-            native.expand_tile(values, bitmask, row_offsets, group, shape[1], 0, shape[0], tile, 2)
+            native.expand_tile(*tensors, *nm(packed), shape[1], 0, shape[0], tile, 2)
             assert torch.equal(tile, unpacked(packed).to(out_dtype))
     finally:
         fence.open()
@@ -290,6 +295,7 @@ def test_operator_contract(pattern: str, rows: int) -> None:
         tensors["values"],
         tensors["bitmask"],
         tensors.get("row_offsets"),
+        None,
         torch.randn(16),
         shape.n or 0,
         shape.m or 0,

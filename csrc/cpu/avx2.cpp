@@ -159,7 +159,7 @@ constexpr int64_t padded(int64_t columns) { return (columns + kColumnPad - 1) / 
 
 // bf16 activations are packed twice: as fp32, and behind that as they are, (padded_columns / 16, m, 16).
 inline const uint8_t* second_layout(const void* packed, int m, int64_t columns) {
-  return static_cast<const uint8_t*>(packed) + sizeof(float) * size_t(m) * padded(columns);
+  return static_cast<const uint8_t*>(packed) + kActivationHeader + sizeof(float) * size_t(m) * padded(columns);
 }
 
 inline __m256 load_fp32(Bf16, const uint8_t* p) { return Bf16Lanes::widen(p); }
@@ -171,7 +171,8 @@ template <class T, class X>
 void pack_x(const void* x, int m, int64_t columns, int64_t padded_columns, void* packed) {
   constexpr int64_t kBytes = sizeof(typename X::Storage);
   auto source = static_cast<const uint8_t*>(x);
-  auto target = static_cast<float*>(packed);
+  auto target = reinterpret_cast<float*>(static_cast<uint8_t*>(packed) + kActivationHeader);
+  const float* whole = target;
   for (int64_t c = 0; c < padded_columns; c += 8)
     for (int i = 0; i < m; ++i, target += 8) {
       const uint8_t* from = source + (i * columns + c) * kBytes;
@@ -183,7 +184,6 @@ void pack_x(const void* x, int m, int64_t columns, int64_t padded_columns, void*
         target[j] = c + j < columns ? X::load(from + j * kBytes) : 0.0f;
     }
   if (!T::kCompresses) return;
-  auto whole = static_cast<const float*>(packed);
   auto half = reinterpret_cast<uint16_t*>(target);
   for (int64_t c = 0; c < padded_columns; c += 16)
     for (int i = 0; i < m; ++i, half += 16)
@@ -353,7 +353,7 @@ struct Block {
 template <class T, int M, int R, int F>
 void packed_rows(const Rows& rows, const void* x, int64_t columns, float* out) {
   Block<T, M, R, F> block;
-  block.x = static_cast<const float*>(x);
+  block.x = reinterpret_cast<const float*>(static_cast<const uint8_t*>(x) + kActivationHeader);
   for (int r = 0; r < R; ++r) {
     block.values[r] = rows.values[r];
     block.bitmask[r] = rows.bitmask[r];
@@ -384,7 +384,7 @@ constexpr int kPrefetch = 1024;
 template <class T, int M, int R>
 void dense_rows(const Rows& rows, const void* x, int64_t columns, float* out) {
   constexpr int64_t kBytes = sizeof(typename T::Storage);
-  auto activations = static_cast<const float*>(x);
+  auto activations = reinterpret_cast<const float*>(static_cast<const uint8_t*>(x) + kActivationHeader);
   __m256 sum[R][M];
   for (int r = 0; r < R; ++r)
     for (int m = 0; m < M; ++m)
@@ -431,7 +431,9 @@ void dense_rows(const Rows& rows, const void* x, int64_t columns, float* out) {
 
 // Writes one mask byte's 8 elements at a time; the last, shorter group goes through a buffer.
 template <int ValueBytes, int OutBytes, int EntryBytes, class Expand>
-inline void expand_row(const uint8_t* values, const uint8_t* bitmask, int64_t columns, void* out, Expand expand) {
+inline void expand_row(const Rows& rows, int64_t columns, void* out, Expand expand) {
+  const uint8_t* values = rows.values[0];
+  const uint8_t* bitmask = rows.bitmask[0];
   auto target = static_cast<uint8_t*>(out);
   int64_t whole = columns / 8;
   for (int64_t b = 0; b < whole; ++b) {
@@ -446,17 +448,17 @@ inline void expand_row(const uint8_t* values, const uint8_t* bitmask, int64_t co
   }
 }
 
-void expand_to_half(const uint8_t* values, const uint8_t* bitmask, int64_t columns, void* out) {
-  expand_row<2, 2, sizeof(kHalf.index[0])>(values, bitmask, columns, out, [](const uint8_t* from, uint64_t offset, uint8_t* to) {
+void expand_to_half(const Rows& rows, int64_t columns, void* out) {
+  expand_row<2, 2, sizeof(kHalf.index[0])>(rows, columns, out, [](const uint8_t* from, uint64_t offset, uint8_t* to) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), expand_half(from, offset));
   });
 }
 
 template <class T>
-void expand_to_fp32(const uint8_t* values, const uint8_t* bitmask, int64_t columns, void* out) {
-  expand_row<sizeof(typename T::Storage), 4, T::kEntryBytes>(
-      values, bitmask, columns, out,
-      [](const uint8_t* from, uint64_t offset, uint8_t* to) { _mm256_storeu_ps(reinterpret_cast<float*>(to), T::expand(from, offset)); });
+void expand_to_fp32(const Rows& rows, int64_t columns, void* out) {
+  expand_row<sizeof(typename T::Storage), 4, T::kEntryBytes>(rows, columns, out, [](const uint8_t* from, uint64_t offset, uint8_t* to) {
+    _mm256_storeu_ps(reinterpret_cast<float*>(to), T::expand(from, offset));
+  });
 }
 
 // 16 registers hold R·M sums, R weights and one activation.
@@ -473,7 +475,7 @@ void fill(ValueKernels& set) {
 }
 
 template <class T>
-ValueKernels kernels_for(ExpandRow expand) {
+ValueKernels kernels_for(int dtype, ExpandRow expand) {
   constexpr int kMostActivations = 4;
   ValueKernels set{};
   set.x_bytes = sizeof(float) + (T::kCompresses ? sizeof(typename T::Storage) : 0);
@@ -483,8 +485,8 @@ ValueKernels kernels_for(ExpandRow expand) {
   set.pack[SPARSE_ENGINE_BF16] = pack_x<T, Bf16>;
   set.pack[SPARSE_ENGINE_FP16] = pack_x<T, Fp16>;
   set.pack[SPARSE_ENGINE_FP32] = pack_x<T, Fp32>;
-  set.expand = expand;
-  set.expand_fp32 = expand_to_fp32<T>;
+  set.expand[dtype] = expand;
+  set.expand[SPARSE_ENGINE_FP32] = expand_to_fp32<T>;
   fill<T, kMostActivations>(set);
   return set;
 }
@@ -492,9 +494,10 @@ ValueKernels kernels_for(ExpandRow expand) {
 } // namespace
 
 const KernelSet& avx2_kernels() {
-  static const KernelSet set{
-      "avx2",
-      {kernels_for<Bf16Lanes>(expand_to_half), kernels_for<Fp16Lanes>(expand_to_half), kernels_for<Fp32Lanes>(expand_to_fp32<Fp32Lanes>)}};
+  static const KernelSet set{"avx2",
+                             {kernels_for<Bf16Lanes>(SPARSE_ENGINE_BF16, expand_to_half),
+                              kernels_for<Fp16Lanes>(SPARSE_ENGINE_FP16, expand_to_half),
+                              kernels_for<Fp32Lanes>(SPARSE_ENGINE_FP32, expand_to_fp32<Fp32Lanes>), avx2_int8(), avx2_int4()}};
   return set;
 }
 

@@ -93,7 +93,7 @@ template <class T, class X>
 void pack_x(const void* x, int m, int64_t columns, int64_t padded_columns, void* packed) {
   constexpr int64_t kBytes = sizeof(typename X::Storage);
   auto source = static_cast<const uint8_t*>(x);
-  auto target = static_cast<uint8_t*>(packed);
+  auto target = static_cast<uint8_t*>(packed) + kActivationHeader;
   for (int64_t c = 0; c < padded_columns; c += T::kColumns)
     for (int i = 0; i < m; ++i, target += T::kColumns * T::kXBytes) {
       int64_t left = columns - c;
@@ -136,7 +136,7 @@ struct Block {
     x += M * T::kColumns * T::kXBytes;
   }
 
-  explicit Block(const uint8_t* const* rows, const void* activations) : x(static_cast<const uint8_t*>(activations)) {
+  explicit Block(const uint8_t* const* rows, const void* activations) : x(static_cast<const uint8_t*>(activations) + kActivationHeader) {
     for (int r = 0; r < R; ++r) {
       values[r] = rows[r];
       for (int m = 0; m < M; ++m)
@@ -200,7 +200,9 @@ void dense_rows(const Rows& rows, const void* x, int64_t columns, float* out) {
   block.finish(out);
 }
 
-void expand_to_half(const uint8_t* values, const uint8_t* bitmask, int64_t columns, void* out) {
+void expand_to_half(const Rows& rows, int64_t columns, void* out) {
+  const uint8_t* values = rows.values[0];
+  const uint8_t* bitmask = rows.bitmask[0];
   auto target = static_cast<uint8_t*>(out);
   for (int64_t c = 0; c < columns; c += 64) {
     uint64_t bits = tail_bits(bitmask, c / 64, columns - c < 64 ? columns : c + 64);
@@ -223,7 +225,9 @@ inline __m512 expand_16(const Fp16&, const uint8_t* values, __mmask16 mask) {
 inline __m512 expand_16(const Fp32&, const uint8_t* values, __mmask16 mask) { return Fp32Step::expand(values, mask); }
 
 template <class T>
-void expand_to_fp32(const uint8_t* values, const uint8_t* bitmask, int64_t columns, void* out) {
+void expand_to_fp32(const Rows& rows, int64_t columns, void* out) {
+  const uint8_t* values = rows.values[0];
+  const uint8_t* bitmask = rows.bitmask[0];
   auto target = static_cast<float*>(out);
   for (int64_t c = 0; c < columns; c += 64) {
     uint64_t bits = tail_bits(bitmask, c / 64, columns - c < 64 ? columns : c + 64);
@@ -248,7 +252,7 @@ void fill(ValueKernels& set) {
 }
 
 template <class T>
-ValueKernels kernels_for(ExpandRow expand, ExpandRow expand_fp32) {
+ValueKernels kernels_for(int dtype, ExpandRow expand, ExpandRow expand_fp32) {
   ValueKernels set{};
   set.x_bytes = T::kXBytes;
   set.max_m = kMaxActivations;
@@ -257,8 +261,8 @@ ValueKernels kernels_for(ExpandRow expand, ExpandRow expand_fp32) {
   set.pack[SPARSE_ENGINE_BF16] = pack_x<T, Bf16>;
   set.pack[SPARSE_ENGINE_FP16] = pack_x<T, Fp16>;
   set.pack[SPARSE_ENGINE_FP32] = pack_x<T, Fp32>;
-  set.expand = expand;
-  set.expand_fp32 = expand_fp32;
+  set.expand[dtype] = expand;
+  set.expand[SPARSE_ENGINE_FP32] = expand_fp32;
   fill<T, kMaxActivations>(set);
   return set;
 }
@@ -267,9 +271,10 @@ ValueKernels kernels_for(ExpandRow expand, ExpandRow expand_fp32) {
 
 const KernelSet& avx512_kernels() {
   static const KernelSet set{"avx512",
-                             {kernels_for<Bf16Step>(expand_to_half, expand_to_fp32<Bf16>),
-                              kernels_for<Fp16Step>(expand_to_half, expand_to_fp32<Fp16>),
-                              kernels_for<Fp32Step>(expand_to_fp32<Fp32>, expand_to_fp32<Fp32>)}};
+                             {kernels_for<Bf16Step>(SPARSE_ENGINE_BF16, expand_to_half, expand_to_fp32<Bf16>),
+                              kernels_for<Fp16Step>(SPARSE_ENGINE_FP16, expand_to_half, expand_to_fp32<Fp16>),
+                              kernels_for<Fp32Step>(SPARSE_ENGINE_FP32, expand_to_fp32<Fp32>, expand_to_fp32<Fp32>), avx512_int8(),
+                              avx512_int4()}};
   return set;
 }
 

@@ -98,6 +98,7 @@ struct Linear::Groups {
 
   int64_t first(int64_t group) const { return m * group / count; }
   int64_t size(int64_t group) const { return first(group + 1) - first(group); }
+  int64_t offset(int64_t group) const { return first(group) * row_bytes + group * kActivationHeader; }
 };
 
 Linear::Linear(const KernelSet& set, const Weight& weight)
@@ -124,11 +125,12 @@ void Linear::place_tail(void* memory) {
 }
 
 const uint8_t* Linear::values(int64_t row) const {
+  if (!w_.bitmask) return w_.values + row * w_.columns * element_bytes(w_.type);
   int64_t element = element_bytes(w_.type), start = w_.start(row) * element;
   return row >= tail_row_ ? tail_ + (start - w_.start(tail_row_) * element) : w_.values + start;
 }
 
-size_t Linear::activation_bytes(int64_t m) const { return size_t(m * padded_columns_ * kernels_.x_bytes); }
+size_t Linear::activation_bytes(int64_t m) const { return size_t(Groups(*this, m).offset(Groups(*this, m).count)); }
 
 size_t Linear::scratch_bytes(int64_t) const { return 0; }
 
@@ -139,18 +141,15 @@ void Linear::pack(const void* x, int32_t x_dtype, int64_t m, void* packed, int64
   Range range = share(groups.count, 1, part, parts);
   for (int64_t g = range.begin; g < range.end; ++g)
     kernels_.pack[x_dtype](static_cast<const uint8_t*>(x) + groups.first(g) * w_.columns * element_bytes(x_dtype), int(groups.size(g)),
-                           w_.columns, padded_columns_, static_cast<uint8_t*>(packed) + groups.first(g) * groups.row_bytes);
+                           w_.columns, padded_columns_, static_cast<uint8_t*>(packed) + groups.offset(g));
 }
 
 Rows Linear::at(const int64_t* rows, int64_t n) const {
   Rows r{};
   for (int64_t i = 0; i < n; ++i) {
-    if (w_.bitmask) {
-      r.values[i] = values(rows[i]);
-      r.bitmask[i] = bitmask(rows[i]);
-    } else {
-      r.values[i] = w_.values + rows[i] * w_.columns * element_bytes(w_.type);
-    }
+    r.values[i] = values(rows[i]);
+    if (w_.bitmask) r.bitmask[i] = w_.bitmask + rows[i] * ((w_.columns + 7) / 8);
+    if (w_.quantised()) r.scales[i] = w_.scales + rows[i] * w_.row_scales();
   }
   return r;
 }
@@ -166,7 +165,7 @@ void Linear::rows(const void* packed, int64_t m, int64_t begin, int64_t end, con
     for (int64_t g = 0; g < groups.count; ++g) {
       float out[kMaxRows * kMaxActivations];
       int64_t size = groups.size(g);
-      kernels[size](where, static_cast<const uint8_t*>(packed) + groups.first(g) * groups.row_bytes, w_.columns, out);
+      kernels[size](where, static_cast<const uint8_t*>(packed) + groups.offset(g), w_.columns, out);
       for (int64_t i = 0; i < n; ++i) {
         float bias = y.bias ? load(y.bias_dtype, y.bias, rows[i]) : 0.0f;
         for (int64_t j = 0; j < size; ++j)
@@ -185,9 +184,7 @@ void Linear::rows(const void* packed, int64_t m, int64_t begin, int64_t end, con
     step(&row, 1, one);
 }
 
-void Linear::expand(int64_t row, int32_t out_dtype, void* out) const {
-  (out_dtype == w_.type ? kernels_.expand : kernels_.expand_fp32)(values(row), bitmask(row), w_.columns, out);
-}
+void Linear::expand(int64_t row, int32_t out_dtype, void* out) const { kernels_.expand[out_dtype](at(&row, 1), w_.columns, out); }
 
 int32_t linear(const KernelSet& set, const Weight& weight, int32_t x_dtype, const void* x, int64_t m, const Output& y, int32_t threads) {
   Linear product(set, weight);

@@ -25,7 +25,10 @@ namespace sparse_engine {
 
 constexpr int64_t kAlignment = 64;
 
-constexpr int64_t element_bytes(int32_t dtype) { return dtype == SPARSE_ENGINE_FP32 ? 4 : 2; }
+// Bytes of an element as it is stored: of int4, whose elements are bytes of two values, one.
+constexpr int64_t element_bytes(int32_t dtype) {
+  return dtype == SPARSE_ENGINE_FP32 ? 4 : dtype == SPARSE_ENGINE_INT8 || dtype == SPARSE_ENGINE_INT4 ? 1 : 2;
+}
 
 // A (rows, columns) weight in the neutral form of sparse_engine.h, or dense and row-major.
 struct Weight {
@@ -33,18 +36,28 @@ struct Weight {
   int64_t rows;
   int64_t columns;
   const uint8_t* values;
-  int64_t values_count;
+  int64_t values_count;       // elements as they are stored: of int4 bytes
+  const uint8_t* scales;      // of int8 and int4
   const uint8_t* bitmask;     // NULL: dense
   const int64_t* row_offsets; // NULL: every row has row_values
   int64_t row_values;
   int64_t group; // M of N:M, or 0
 
-  static Weight dense(int32_t type, int64_t rows, int64_t columns, const void* values) {
-    return {type, rows, columns, static_cast<const uint8_t*>(values), rows * columns, nullptr, nullptr, columns, 0};
+  static Weight dense(int32_t type, int64_t rows, int64_t columns, const void* values, const void* scales = nullptr) {
+    return {type,    rows,    columns, static_cast<const uint8_t*>(values), rows * columns, static_cast<const uint8_t*>(scales), nullptr,
+            nullptr, columns, 0};
   }
 
-  int64_t start(int64_t row) const { return row_offsets ? row_offsets[row] : row * row_values; }
-  int64_t bytes() const { return values_count * element_bytes(type) + (bitmask ? rows * ((columns + 7) / 8) : 0); }
+  bool quantised() const { return type == SPARSE_ENGINE_INT8 || type == SPARSE_ENGINE_INT4; }
+  // First element of a row, in elements as they are stored.
+  int64_t start(int64_t row) const {
+    int64_t slots = type == SPARSE_ENGINE_INT4 ? 2 : 1;
+    return row_offsets ? row_offsets[row] / slots : row * ((row_values + slots - 1) / slots);
+  }
+  int64_t row_scales() const { return type == SPARSE_ENGINE_INT4 ? (columns + kScaleColumns - 1) / kScaleColumns * 2 : 4; } // bytes
+  int64_t bytes() const {
+    return values_count * element_bytes(type) + (bitmask ? rows * ((columns + 7) / 8) : 0) + (quantised() ? rows * row_scales() : 0);
+  }
 };
 
 // Where a product's results go: y[j * stride + row] for activation row j and weight row `row`.
@@ -91,7 +104,7 @@ public:
   // Weight rows [begin, end) by all m activation rows.
   void rows(const void* packed, int64_t m, int64_t begin, int64_t end, const Output& y, void* scratch) const;
 
-  // Row `row` as dense elements of out_dtype, which is the values' type or fp32.
+  // Row `row` as dense elements of out_dtype: the values' type or fp32; any for int8 and int4.
   void expand(int64_t row, int32_t out_dtype, void* out) const;
 
 private:
@@ -99,7 +112,6 @@ private:
 
   Rows at(const int64_t* rows, int64_t n) const;
   const uint8_t* values(int64_t row) const;
-  const uint8_t* bitmask(int64_t row) const { return w_.bitmask + row * ((w_.columns + 7) / 8); }
 
   const ValueKernels& kernels_;
   Weight w_;

@@ -54,8 +54,8 @@ Processor detect() {
   bool ymm = (state & 0x6) == 0x6, zmm = (state & 0xe6) == 0xe6, tiles = (state & 0x60000) == 0x60000;
   // FMA, POPCNT, AVX, F16C; BMI1, AVX2, BMI2
   p.avx2 = ymm && has(leaf1.ecx, {12, 23, 28, 29}) && has(leaf7.ebx, {3, 5, 8});
-  // AVX512F, DQ, BW, VL; VBMI2; BF16
-  p.avx512 = p.avx2 && zmm && has(leaf7.ebx, {16, 17, 30, 31}) && has(leaf7.ecx, {6}) && has(leaf7_1.eax, {5});
+  // AVX512F, DQ, BW, VL; VBMI, VBMI2, GFNI, VNNI; BF16
+  p.avx512 = p.avx2 && zmm && has(leaf7.ebx, {16, 17, 30, 31}) && has(leaf7.ecx, {1, 6, 8, 11}) && has(leaf7_1.eax, {5});
   p.amx_bf16 = tiles && has(leaf7.edx, {22, 24});
   return p;
 }

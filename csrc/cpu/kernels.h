@@ -10,8 +10,11 @@ namespace sparse_engine {
 
 constexpr int kMaxRows = 4;        // weight rows that one kernel call takes
 constexpr int kMaxActivations = 8; // activation rows that one kernel call takes
-constexpr int kDtypes = 3;         // bf16, fp16, fp32, in the order of sparse_engine_dtype: types of activations and outputs
-constexpr int kValueTypes = 3;     // the same: types of weights
+constexpr int kDtypes = 3;         // types of activations and outputs: bf16, fp16, fp32, in the order of sparse_engine_dtype
+constexpr int kValueTypes = 5;     // types of weights: the same, int8, int4
+
+// Columns of one int4 scale.
+constexpr int kScaleColumns = 128;
 
 // A kernel may read this many bytes behind the last value of each packed row that it is given.
 constexpr int kOverread = 64;
@@ -19,21 +22,26 @@ constexpr int kOverread = 64;
 // Columns of packed activations are padded with zeros to a multiple of this.
 constexpr int kColumnPad = 64;
 
+// Packed activations begin with this many bytes for a number per row: the fp32 scale of a row of int8 ones.
+constexpr int kActivationHeader = 64;
+
 // Where up to kMaxRows rows of a weight lie.
 struct Rows {
   const uint8_t* values[kMaxRows];  // first value; of a dense weight all `columns` of them, and nothing behind is read
   const uint8_t* bitmask[kMaxRows]; // first mask byte of ceil(columns / 8); nothing behind is read; unused for a dense weight
+  const uint8_t* scales[kMaxRows];  // int8: the row's fp32; int4: ceil(columns / kScaleColumns) fp16; else unused
 };
 
-// Products of the kernel's R rows with M activations, summed in fp32.
+// Products of the kernel's R rows with M activations, summed in fp32, or in int32 for int8 activations, and scaled.
 //   x        activations as the level's pack wrote them
 //   out      (R, M) fp32
 using RowsByActivations = void (*)(const Rows& rows, const void* x, int64_t columns, float* out);
 
-// One packed row to `columns` dense elements, in the values' type or as fp32.
-using ExpandRow = void (*)(const uint8_t* values, const uint8_t* bitmask, int64_t columns, void* out);
+// The first packed row of `rows`, scaled, to `columns` dense elements.
+using ExpandRow = void (*)(const Rows& rows, int64_t columns, void* out);
 
-// Activations (m, columns) of row stride `columns` to the level's own layout of m * padded_columns * x_bytes bytes.
+// Activations (m, columns) of row stride `columns` to the level's own layout of kActivationHeader + m * padded_columns * x_bytes
+// bytes. For int8 and int4 weights they are quantised row by row: scale = max |x| / 127, rounded to nearest.
 using PackActivations = void (*)(const void* x, int m, int64_t columns, int64_t padded_columns, void* packed);
 
 // The kernels for weights of one type.
@@ -45,10 +53,9 @@ struct ValueKernels {
   PackActivations pack[kDtypes];                     // [type of x]
   RowsByActivations packed[2][kMaxActivations + 1];  // [every mask byte keeps 4 values][M], for R rows
   RowsByActivations packed_one[kMaxActivations + 1]; // [M], for one row
-  RowsByActivations dense[kMaxActivations + 1];
+  RowsByActivations dense[kMaxActivations + 1];      // int4: none
   RowsByActivations dense_one[kMaxActivations + 1];
-  ExpandRow expand;
-  ExpandRow expand_fp32;
+  ExpandRow expand[kDtypes]; // [type of out]; NULL where a type of weight cannot be expanded to it
 };
 
 struct KernelSet {
@@ -59,5 +66,10 @@ struct KernelSet {
 const KernelSet& scalar_kernels();
 const KernelSet& avx2_kernels();
 const KernelSet& avx512_kernels();
+
+// Parts of those sets that have files of their own.
+ValueKernels scalar_int8(), scalar_int4();
+ValueKernels avx2_int8(), avx2_int4();
+ValueKernels avx512_int8(), avx512_int4();
 
 } // namespace sparse_engine

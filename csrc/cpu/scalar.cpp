@@ -11,7 +11,7 @@ namespace {
 template <class X>
 void pack_x(const void* x, int m, int64_t columns, int64_t padded_columns, void* packed) {
   auto source = static_cast<const uint8_t*>(x);
-  auto target = static_cast<float*>(packed);
+  auto target = reinterpret_cast<float*>(static_cast<uint8_t*>(packed) + kActivationHeader);
   for (int64_t c = 0; c < padded_columns; ++c)
     for (int i = 0; i < m; ++i)
       *target++ = c < columns ? X::load(source + (i * columns + c) * int64_t(sizeof(typename X::Storage))) : 0.0f;
@@ -19,7 +19,7 @@ void pack_x(const void* x, int m, int64_t columns, int64_t padded_columns, void*
 
 template <class T, int M>
 void packed_row(const Rows& rows, const void* x, int64_t columns, float* out) {
-  auto activations = static_cast<const float*>(x);
+  auto activations = reinterpret_cast<const float*>(static_cast<const uint8_t*>(x) + kActivationHeader);
   const uint8_t* value = rows.values[0];
   float sum[M] = {};
   for (int64_t word = 0; 64 * word < columns; ++word) {
@@ -39,7 +39,7 @@ void packed_row(const Rows& rows, const void* x, int64_t columns, float* out) {
 
 template <class T, int M>
 void dense_row(const Rows& rows, const void* x, int64_t columns, float* out) {
-  auto activations = static_cast<const float*>(x);
+  auto activations = reinterpret_cast<const float*>(static_cast<const uint8_t*>(x) + kActivationHeader);
   float sum[M] = {};
   for (int64_t c = 0; c < columns; ++c) {
     float w = T::load(rows.values[0] + c * int64_t(sizeof(typename T::Storage)));
@@ -51,7 +51,9 @@ void dense_row(const Rows& rows, const void* x, int64_t columns, float* out) {
 }
 
 template <class T, class Out>
-void expand_row(const uint8_t* values, const uint8_t* bitmask, int64_t columns, void* out) {
+void expand_row(const Rows& rows, int64_t columns, void* out) {
+  const uint8_t* values = rows.values[0];
+  const uint8_t* bitmask = rows.bitmask[0];
   auto target = static_cast<typename Out::Storage*>(out);
   for (int64_t c = 0; c < columns; ++c) {
     bool kept = (bitmask[c >> 3] >> (c & 7)) & 1;
@@ -68,7 +70,7 @@ void fill(ValueKernels& set) {
 }
 
 template <class T>
-ValueKernels kernels_for() {
+ValueKernels kernels_for(int dtype) {
   ValueKernels set{};
   set.x_bytes = sizeof(float);
   set.max_m = kMaxActivations;
@@ -76,8 +78,8 @@ ValueKernels kernels_for() {
   set.pack[SPARSE_ENGINE_BF16] = pack_x<Bf16>;
   set.pack[SPARSE_ENGINE_FP16] = pack_x<Fp16>;
   set.pack[SPARSE_ENGINE_FP32] = pack_x<Fp32>;
-  set.expand = expand_row<T, T>;
-  set.expand_fp32 = expand_row<T, Fp32>;
+  set.expand[dtype] = expand_row<T, T>;
+  set.expand[SPARSE_ENGINE_FP32] = expand_row<T, Fp32>;
   fill<T, kMaxActivations>(set);
   return set;
 }
@@ -85,7 +87,9 @@ ValueKernels kernels_for() {
 } // namespace
 
 const KernelSet& scalar_kernels() {
-  static const KernelSet set{"scalar", {kernels_for<Bf16>(), kernels_for<Fp16>(), kernels_for<Fp32>()}};
+  static const KernelSet set{"scalar",
+                             {kernels_for<Bf16>(SPARSE_ENGINE_BF16), kernels_for<Fp16>(SPARSE_ENGINE_FP16),
+                              kernels_for<Fp32>(SPARSE_ENGINE_FP32), scalar_int8(), scalar_int4()}};
   return set;
 }
 

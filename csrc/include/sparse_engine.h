@@ -9,6 +9,15 @@
  *   row_offsets  int64 (rows + 1,), where row r owns values[row_offsets[r] .. row_offsets[r + 1]);
  *                NULL when every row keeps `row_values` weights (N:M), so that row r starts at r * row_values
  *
+ * Values are bf16, fp16, fp32, or quantised:
+ *
+ *   int8         weight = value * scale[row]; scales fp32 (rows,)
+ *   int4         weight = value * scale[row, column / 128]; scales fp16 (rows, ceil(columns / 128)). Two's complement, two in a
+ *                byte, the one of lower column in the low nibble; each row starts on a byte boundary, so that a row of an odd
+ *                number of values ends with a nibble that is ignored. values_count and row_offsets count it as a value.
+ *
+ * Products with quantised weights also quantise the activations, row by row to int8 (scale = max |x| / 127), and sum in int32.
+ *
  *        columns  0 1 2 3 4 5 6 7 | 8 ..          one row, 2:4
  *        W        a . . b . c d .                 values  a b c d ..
  *        bitmask  0x69 = 01101001b                (least significant bit first)
@@ -32,7 +41,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a signature or the meaning of an argument changes. */
-#define SPARSE_ENGINE_ABI_VERSION 2
+#define SPARSE_ENGINE_ABI_VERSION 3
 
 typedef enum {
   SPARSE_ENGINE_OK = 0,
@@ -46,6 +55,8 @@ typedef enum {
   SPARSE_ENGINE_BF16 = 0,
   SPARSE_ENGINE_FP16 = 1,
   SPARSE_ENGINE_FP32 = 2,
+  SPARSE_ENGINE_INT8 = 3, /* of weights only */
+  SPARSE_ENGINE_INT4 = 4, /* of weights only */
 } sparse_engine_dtype;
 
 /* SPARSE_ENGINE_ABI_VERSION of the library that is loaded. */
@@ -57,7 +68,8 @@ SPARSE_ENGINE_API const char* sparse_engine_status_message(int32_t status);
 /* Levels that this processor, operating system and build can run, comma-separated, lowest first; static storage. */
 SPARSE_ENGINE_API const char* sparse_engine_supported_isas(void);
 
-/* The level in use: "scalar", "avx2" (AVX2, FMA, F16C, BMI) or "avx512" (F, BW, DQ, VL, VBMI2 and BF16).
+/* The level in use: "scalar", "avx2" (AVX2, FMA, F16C, BMI) or "avx512" (F, BW, DQ, VL, VBMI, VBMI2,
+ * VNNI, BF16 and GFNI).
  *
  * The highest supported one, unless the environment variable SPARSE_ENGINE_ISA names another when the library is first
  * used. If that names an unknown or unsupported level, this and every computing function return the status that says so.
@@ -72,10 +84,12 @@ SPARSE_ENGINE_API int32_t sparse_engine_has_amx_bf16(void);
 
 /* y = x Wᵀ + bias with W packed, accumulated in fp32.
  *
- *   dtype        sparse_engine_dtype of x, values, bias and y
+ *   dtype        sparse_engine_dtype of x, bias and y: bf16, fp16 or fp32
  *   x            (m, columns), row-major, contiguous
+ *   values_dtype sparse_engine_dtype of values; need not be that of x
  *   values       (values_count,) elements, see above
- *   values_count rows * row_values, or row_offsets[rows]
+ *   values_count rows * row_values (of int4: rounded up to an even number), or row_offsets[rows]
+ *   scales       see above; ignored unless values are int8 or int4
  *   bitmask      see above
  *   row_offsets  see above, or NULL
  *   row_values   values per row when row_offsets is NULL, else ignored
@@ -85,23 +99,27 @@ SPARSE_ENGINE_API int32_t sparse_engine_has_amx_bf16(void);
  *   m            activation rows, >= 0; meant for few (the weight is read from memory once, expanded once per 4 or 8 rows)
  *   threads      OpenMP threads to use at most, >= 1; ignored by a build without OpenMP
  */
-SPARSE_ENGINE_API int32_t sparse_engine_linear(int32_t dtype, const void* x, const void* values, int64_t values_count,
-                                               const uint8_t* bitmask, const int64_t* row_offsets, int64_t row_values, int64_t group,
-                                               const void* bias, void* y, int64_t m, int64_t rows, int64_t columns, int32_t threads);
+SPARSE_ENGINE_API int32_t sparse_engine_linear(int32_t dtype, const void* x, int32_t values_dtype, const void* values, int64_t values_count,
+                                               const void* scales, const uint8_t* bitmask, const int64_t* row_offsets, int64_t row_values,
+                                               int64_t group, const void* bias, void* y, int64_t m, int64_t rows, int64_t columns,
+                                               int32_t threads);
 
-/* y = x Wᵀ + bias with W dense: row-major (rows, columns) of `dtype`; the other arguments as for sparse_engine_linear. */
-SPARSE_ENGINE_API int32_t sparse_engine_dense_linear(int32_t dtype, const void* x, const void* weight, const void* bias, void* y, int64_t m,
-                                                     int64_t rows, int64_t columns, int32_t threads);
+/* y = x Wᵀ + bias with W dense: row-major (rows, columns) of `weight_dtype`, which may be int8 but not int4; the other arguments
+ * as for sparse_engine_linear. */
+SPARSE_ENGINE_API int32_t sparse_engine_dense_linear(int32_t dtype, const void* x, int32_t weight_dtype, const void* weight,
+                                                     const void* scales, const void* bias, void* y, int64_t m, int64_t rows,
+                                                     int64_t columns, int32_t threads);
 
 /* Rows row_begin .. row_end - 1 of a packed W as a dense, row-major block.
  *
- *   out_dtype    dtype, or SPARSE_ENGINE_FP32
+ *   out_dtype    values_dtype, or SPARSE_ENGINE_FP32; any of bf16, fp16 and fp32 for int8 and int4 values
  *   out          (row_end - row_begin, columns) of out_dtype, contiguous; every element is written
  *   rest         as for sparse_engine_linear
  */
-SPARSE_ENGINE_API int32_t sparse_engine_expand_tile(int32_t dtype, int32_t out_dtype, const void* values, int64_t values_count,
-                                                    const uint8_t* bitmask, const int64_t* row_offsets, int64_t row_values, int64_t group,
-                                                    int64_t row_begin, int64_t row_end, int64_t columns, void* out, int32_t threads);
+SPARSE_ENGINE_API int32_t sparse_engine_expand_tile(int32_t values_dtype, int32_t out_dtype, const void* values, int64_t values_count,
+                                                    const void* scales, const uint8_t* bitmask, const int64_t* row_offsets,
+                                                    int64_t row_values, int64_t group, int64_t row_begin, int64_t row_end, int64_t columns,
+                                                    void* out, int32_t threads);
 
 /* Reads `bytes` bytes from `data` once and gives their sum as 64-bit words (a tail of less than 8 bytes is skipped).
  * A benchmark's measure of read bandwidth: a product cannot take less time than this over its own bytes. */

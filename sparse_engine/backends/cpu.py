@@ -14,6 +14,7 @@ from sparse_engine.formats.base import VALUE_DTYPES, PackedWeight
 from sparse_engine.ops import define_linear
 from sparse_engine.pattern import SparsityPattern
 from sparse_engine.registry import Kernel, Layout, Problem, register
+from sparse_engine.value_types import PLAIN
 
 REGISTER_ROWS = 24
 """Up to this many activation rows the weight is expanded in registers; above, a BLAS product over expanded tiles is faster
@@ -23,14 +24,24 @@ TILE_BYTES = 1 << 20
 """Size of one expanded tile: small enough to be still in cache when the product reads it."""
 
 
-def _check(x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor | None, bias: Tensor | None, n: int, m: int) -> None:
+_ARGUMENTS = "Tensor x, Tensor values, Tensor bitmask, Tensor? row_offsets, Tensor? scales, Tensor? bias, int n, int m"
+
+
+def _check(
+    x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor | None, scales: Tensor | None, bias: Tensor | None, n: int, m: int
+) -> None:
     rows, columns = bitmask.shape[0], x.shape[-1]
-    if x.dtype != values.dtype or (bias is not None and bias.dtype != values.dtype):
+    dtype = values.dtype if scales is None else x.dtype
+    if x.dtype != dtype or (bias is not None and bias.dtype != dtype):
         given = f"x is {x.dtype}" if bias is None else f"x is {x.dtype} and the bias {bias.dtype}"
-        raise InputError(f"the packed weight is {values.dtype} but {given}: convert them to one type")
+        if scales is not None:
+            raise InputError(f"{given}: convert them to one type")
+        raise InputError(f"the packed weight is {dtype} but {given}: convert them to one type")
     fits = bitmask.shape[1] == -(-columns // 8)
     if row_offsets is None:
-        fits = fits and values.numel() * m == rows * columns * n
+        kept = columns // m * n
+        per_row = kept if values.dtype is not torch.uint8 else -(-kept // 2)
+        fits = fits and columns % m == 0 and values.numel() == rows * per_row
     if not fits:
         raise InputError(f"x has {columns} columns, which does not fit a packed weight with a bitmask of {tuple(bitmask.shape)}")
     if bias is not None and bias.shape != (rows,):
@@ -38,7 +49,7 @@ def _check(x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor | Non
 
 
 def _tiles(
-    values: Tensor, bitmask: Tensor, row_offsets: Tensor | None, columns: int, dtype: torch.dtype
+    values: Tensor, bitmask: Tensor, row_offsets: Tensor | None, scales: Tensor | None, n: int, m: int, columns: int, dtype: torch.dtype
 ) -> Iterator[tuple[int, int, Tensor]]:
     """(begin, end, dense rows begin .. end - 1 in ``dtype``) over all rows; each tile is overwritten by the next."""
     rows = bitmask.shape[0]
@@ -48,7 +59,7 @@ def _tiles(
     for begin in range(0, rows, step):
         end = min(begin + step, rows)
         tile = scratch[: end - begin]
-        native.expand_tile(values, bitmask, row_offsets, 0, columns, begin, end, tile, threads)
+        native.expand_tile(values, scales, bitmask, row_offsets, n, m, columns, begin, end, tile, threads)
         yield begin, end, tile
 
 
@@ -57,26 +68,21 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype is torch.bfloat16 and native.has_amx_bf16() else torch.float32
 
 
-def _linear(x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor | None, bias: Tensor | None, n: int, m: int) -> Tensor:
-    _check(x, values, bitmask, row_offsets, bias, n, m)
+def _linear(
+    x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor | None, scales: Tensor | None, bias: Tensor | None, n: int, m: int
+) -> Tensor:
+    _check(x, values, bitmask, row_offsets, scales, bias, n, m)
     rows, columns = bitmask.shape[0], x.shape[-1]
     out = x.new_empty((*x.shape[:-1], rows))
+    values, bitmask = values.contiguous(), bitmask.contiguous()
     if out.numel() <= REGISTER_ROWS * rows:
-        native.linear(
-            x.contiguous(),
-            values.contiguous(),
-            bitmask.contiguous(),
-            row_offsets,
-            None if bias is None else bias.contiguous(),
-            m,
-            out,
-            torch.get_num_threads(),
-        )
+        bias = None if bias is None else bias.contiguous()
+        native.linear(x.contiguous(), values, scales, bitmask, row_offsets, bias, n, m, out, torch.get_num_threads())
         return out
-    dtype = _compute_dtype(values.dtype)
+    dtype = _compute_dtype(x.dtype)
     dense_x, flat = x.reshape(-1, columns).to(dtype), out.view(-1, rows)
     dense_bias = None if bias is None else bias.to(dtype)
-    for begin, end, tile in _tiles(values.contiguous(), bitmask.contiguous(), row_offsets, columns, dtype):
+    for begin, end, tile in _tiles(values, bitmask, row_offsets, scales, n, m, columns, dtype):
         target = flat[:, begin:end] if dtype == x.dtype else dense_x.new_empty(flat.shape[0], end - begin)
         if dense_bias is None:
             torch.mm(dense_x, tile.t(), out=target)
@@ -87,7 +93,11 @@ def _linear(x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor | No
     return out
 
 
-_op = define_linear("cpu_linear", _linear, ("CPU",))
+def _fake(x: Tensor, values: Tensor, bitmask: Tensor, *_: object) -> Tensor:
+    return x.new_empty((*x.shape[:-1], bitmask.shape[0]))
+
+
+_op = define_linear("cpu_linear", _linear, ("CPU",), arguments=_ARGUMENTS, fake=_fake)
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -105,28 +115,35 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor | None, bias: Tensor | None, n: int, m: int
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        bitmask: Tensor,
+        row_offsets: Tensor | None,
+        scales: Tensor | None,
+        bias: Tensor | None,
+        n: int,
+        m: int,
     ) -> Tensor:
-        ctx.save_for_backward(values, bitmask, row_offsets)
-        ctx.columns = x.shape[-1]
-        return _op(x, values, bitmask, row_offsets, bias, n, m)
+        ctx.save_for_backward(values, bitmask, row_offsets, scales)
+        ctx.columns, ctx.n, ctx.m = x.shape[-1], n, m
+        return _op(x, values, bitmask, row_offsets, scales, bias, n, m)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        values, bitmask, row_offsets = ctx.saved_tensors
+        values, bitmask, row_offsets, scales = ctx.saved_tensors
         flat = gradient.reshape(-1, bitmask.shape[0])
-        grad_x = _input_gradient(flat, values, bitmask, row_offsets, ctx.columns) if ctx.needs_input_grad[0] else None
-        grad_bias = flat.sum(0) if ctx.needs_input_grad[4] else None
-        return None if grad_x is None else grad_x.view(*gradient.shape[:-1], -1), None, None, None, grad_bias, None, None
-
-
-def _input_gradient(gradient: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor | None, columns: int) -> Tensor:
-    """Gradient (m, rows) by W, summed in fp32 over tiles of W's rows."""
-    total = torch.zeros(gradient.shape[0], columns)
-    for begin, end, tile in _tiles(values, bitmask, row_offsets, columns, torch.float32):
-        total.addmm_(gradient[:, begin:end].float(), tile)
-    return total.to(gradient.dtype)
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            # Gradient (m, rows) by W, summed in fp32 over tiles of W's rows.
+            total = torch.zeros(flat.shape[0], ctx.columns)
+            for begin, end, tile in _tiles(values, bitmask, row_offsets, scales, ctx.n, ctx.m, ctx.columns, torch.float32):
+                total.addmm_(flat[:, begin:end].float(), tile)
+            grad_x = total.to(gradient.dtype).view(*gradient.shape[:-1], -1)
+        if ctx.needs_input_grad[5]:
+            grad_bias = flat.sum(0)
+        return grad_x, None, None, None, None, grad_bias, None, None
 
 
 class CPUKernel(Kernel):
@@ -135,6 +152,7 @@ class CPUKernel(Kernel):
     name = "cpu"
     formats: ClassVar[frozenset[str]] = frozenset({"nm", "unstructured"})
     devices: ClassVar[frozenset[str]] = frozenset({"cpu"})
+    value_types: ClassVar[frozenset[str]] = frozenset({PLAIN, "int8", "int4"})
     dtypes: ClassVar[frozenset[torch.dtype]] = frozenset(VALUE_DTYPES)
 
     def unsupported(self, problem: Problem) -> str | None:
@@ -152,7 +170,8 @@ class CPUKernel(Kernel):
         return packed.tensors
 
     def run(self, x: Tensor, layout: Layout, bias: Tensor | None, pattern: SparsityPattern) -> Tensor:
-        arguments = (x, layout["values"], layout["bitmask"], layout.get("row_offsets"), bias, pattern.n or 0, pattern.m or 0)
+        packed = (layout["values"], layout["bitmask"], layout.get("row_offsets"), layout.get("scales"))
+        arguments = (x, *packed, bias, pattern.n or 0, pattern.m or 0)
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             result: Tensor = _Differentiable.apply(*arguments)  # type: ignore[no-untyped-call]
             return result
