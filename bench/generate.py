@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reporting import device_name, environment, write_results
 from transformers import GenerationConfig
 
+from sparse_engine.bench.environment import device_name, environment, write_json
 from sparse_engine.bench.models import random_model
 from sparse_engine.engine.generation import VARIABLE
 
@@ -56,8 +56,8 @@ def main() -> None:
                 row = measure(model, engine, batch, settings)
                 rows.append({"model": name, "batch": batch, "prompt_tokens": settings.prompt, "new_tokens": settings.new} | row)
                 rows[-1] |= {"engine": engine, "pattern": pattern, "values": "bf16"}
-                print(rows[-1], file=sys.stderr, flush=True)
-                write_results(file, {"environment": environment(), "rows": rows})
+                sys.stderr.write(f"{rows[-1]}\n")
+                write_json(file, {"environment": environment(), "rows": rows})
         model = None
         release()
 

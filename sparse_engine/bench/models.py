@@ -33,8 +33,8 @@ _SPREAD = 0.02
 def opt_config(model: str) -> OPTConfig:
     """The configuration of one of Meta's models by its name ("opt-125m")."""
     hidden, (layers, heads) = HIDDEN[model], DEPTH[model]
-    projected = {"word_embed_proj_dim": 512, "do_layer_norm_before": False} if model == "opt-350m" else {}
-    sizes = {"hidden_size": hidden, "ffn_dim": 4 * hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
+    projected: dict[str, Any] = {"word_embed_proj_dim": 512, "do_layer_norm_before": False} if model == "opt-350m" else {}
+    sizes: dict[str, Any] = {"hidden_size": hidden, "ffn_dim": 4 * hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
     return OPTConfig(vocab_size=50272, max_position_embeddings=2048, dropout=0.0, **sizes, **projected)
 
 
@@ -43,7 +43,7 @@ def random_model(model: str, pattern: str, dtype: torch.dtype, device: torch.dev
     """An OPT with normal weights whose decoder linears follow ``pattern``: "dense" or a key of ``PATTERNS``."""
     config = opt_config(model)
     with torch.device("meta"):
-        made = EngineOPTForCausalLM(config)
+        made: Any = EngineOPTForCausalLM(config)
     made = made.to(dtype)
     linears = {name: module for name, module in made.named_modules() if isinstance(module, nn.Linear) and ".layers." in name}
     if pattern != "dense":
