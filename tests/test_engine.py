@@ -141,7 +141,7 @@ def test_draws_from_the_distribution_that_the_warpers_leave(model: Any, monkeypa
     many = {name: tensor.expand(200, -1) for name, tensor in inputs.items()}
     drawn = [model.generate(**many, max_new_tokens=1, do_sample=True, top_k=3, temperature=1.3)[:, -1].cpu() for _ in range(5)]
     counts = torch.stack([(torch.cat(drawn) == token).float().mean() for token in kept.indices])
-    assert counts.sum() == 1
+    assert round(float(counts.sum()) * 1000) == 1000, "nothing but the three likeliest is drawn"
     assert (counts - expected).abs().max() < 0.06  # four standard deviations of 1000 draws
     torch.manual_seed(1)
     again = model.generate(**many, max_new_tokens=1, do_sample=True, top_k=3, temperature=1.3)[:, -1].cpu()

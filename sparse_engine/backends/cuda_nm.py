@@ -2,7 +2,8 @@
 
 The kernels are csrc/cuda/decode_nm.cu and, for more rows on Hopper, decode_wgmma.cu. 2:4 uses sparse tensor-core
 instructions (Mishra et al. 2021, "Accelerating Sparse Deep Neural Networks", section 4), 4:8 expands
-in registers from its mask into dense ones. More rows than a kernel takes run as slabs.
+in registers from its mask into dense ones. More rows than a kernel takes run as slabs, many over a dense copy that lives for the
+product (cuda_expand.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from sparse_engine import cuda
 from sparse_engine.backends.cuda_decode import UNIT, fragment_linear_fake, run_decode
+from sparse_engine.backends.cuda_expand import EXPAND_ROWS, dense_product, expand_nm
+from sparse_engine.backends.cuda_expand import estimate_us as expanded_us
 from sparse_engine.backends.cuda_tiles import choose, compilations, configs, current_gpu, estimate_us, parse
 from sparse_engine.formats.base import PackedWeight
 from sparse_engine.ops import define_linear
@@ -103,6 +106,8 @@ _CHOOSERS = {4: partial(choose, _NAME, "2:4"), 8: partial(choose, _NAME, "4:8")}
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, rows: int, columns: int, group: int, relu: bool
 ) -> Tensor:
+    if x.numel() > EXPAND_ROWS * columns and x.shape[-1] == columns and x.dtype is weight.dtype:
+        return dense_product(x, lambda: expand_nm(weight, rows, columns, group), bias, residual, relu)
     return run_decode(_CHOOSERS[group], x, weight, bias, residual, rows, columns, relu)
 
 
@@ -130,6 +135,8 @@ class CudaNMKernel(Kernel):
         return cuda.why_unavailable()
 
     def cost(self, problem: Problem) -> float:
+        if problem.rows > EXPAND_ROWS:
+            return expanded_us(problem)
         return estimate_us(problem, self._nbytes(problem))
 
     @staticmethod
