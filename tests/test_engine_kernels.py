@@ -278,6 +278,65 @@ def test_samples_follow_their_distribution(device: str) -> None:
     assert (found - expected).abs().max() < 0.02
 
 
+def closed_loop(device: str, dtype: torch.dtype, batch: int, steps: int, in_graph: int = 0) -> tuple[Tensor, Tensor]:
+    """(history, lengths) after ``steps`` of a decoder made of these kernels alone, ``in_graph`` of them to a CUDA graph (0: none).
+
+    An embedding is the next token's q, k and v, and normalised attention its logits: nothing but the kernels' own order keeps one from
+    reading too early.
+    """
+    torch.manual_seed(0)
+    heads, size, capacity = 3, 64, 160
+    width = heads * size
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape).to(device, dtype)
+
+    embedding = Embedding(draw(width, 3 * width), draw(capacity + 2, 3 * width), draw(batch, 3 * width))
+    weight, bias, caches = draw(width), draw(width), [draw(batch, heads, capacity, size) for _ in range(2)]
+    attended, logits = draw(batch, width), draw(batch, width)
+    state = make_state([1 + 9 * b % 70 for b in range(batch)], capacity, device, eos=(width,))
+    state.tokens.fill_(5)
+    embed(state.tokens, state.lengths, embedding)
+
+    def step() -> None:
+        attention_decode(embedding.out, *caches, state.lengths, attended, 0.1)
+        layer_norm(attended, weight, bias, 1e-5, logits)
+        greedy(logits, state, embedding)
+
+    if in_graph:
+        kept = [t.clone() for t in (state.tokens, state.lengths, state.history, state.filled, embedding.out, *caches)]
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(in_graph):
+                step()
+        for tensor, old in zip((state.tokens, state.lengths, state.history, state.filled, embedding.out, *caches), kept, strict=True):
+            tensor.copy_(old)
+        for _ in range(steps // in_graph):
+            graph.replay()
+    else:
+        for _ in range(steps):
+            step()
+    return state.history.cpu(), state.lengths.cpu()
+
+
+def test_steps_append_and_advance() -> None:
+    history, lengths = closed_loop("cpu", torch.float32, 3, 6)
+    assert lengths.tolist() == [6, 15, 24]
+    assert (history[torch.arange(160) >= lengths[:, None] + 1] == 1).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("in_graph", [0, 1, 4])
+@pytest.mark.parametrize("batch", [1, 7])
+def test_steps_in_a_graph_follow_the_reference(batch: int, in_graph: int) -> None:
+    expected, lengths = closed_loop("cpu", torch.float32, batch, 80)
+    for _ in range(3):
+        found, counted = closed_loop("cuda", torch.float32, batch, 80, in_graph)
+        assert torch.equal(counted, lengths)
+        assert torch.equal(found, expected)
+
+
 SOURCES = {
     "layernorm.cu": [row_macros(width, dtype) for width, dtype in ((768, torch.bfloat16), (16384, torch.float32))],
     "embed.cu": [row_macros(width, dtype) for width, dtype in ((512, torch.float16), (9216, torch.float32))],
