@@ -10,8 +10,10 @@ import ctypes
 import os
 import sys
 import sysconfig
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any, cast
 
 # torch first: its OpenMP runtime is then the one that the library's own threads run in.
 import torch
@@ -24,8 +26,10 @@ __all__ = [
     "DTYPES",
     "advise_huge_pages",
     "available",
+    "check",
     "dense_linear",
     "expand_tile",
+    "function",
     "has_amx_bf16",
     "isa",
     "linear",
@@ -66,11 +70,14 @@ class _Library:
     """The loaded library's functions, by their names without the prefix."""
 
     def __init__(self, path: Path) -> None:
-        handle = ctypes.CDLL(str(path))
+        self._handle = ctypes.CDLL(str(path))
         for name, (result, arguments) in _SIGNATURES.items():
-            function = getattr(handle, f"sparse_engine_{name}")
-            function.restype, function.argtypes = result, arguments
-            setattr(self, name, function)
+            setattr(self, name, self.bind(name, result, arguments))
+
+    def bind(self, name: str, result: object, arguments: list[object]) -> Callable[..., Any]:
+        function: Any = getattr(self._handle, f"sparse_engine_{name}")
+        function.restype, function.argtypes = result, arguments
+        return cast("Callable[..., Any]", function)
 
     def __getattr__(self, name: str) -> ctypes._NamedFuncPointer:
         raise AttributeError(name)
@@ -117,6 +124,29 @@ def _raise(library: _Library, status: int, level: str) -> None:
     if status == _OUT_OF_MEMORY:
         raise MemoryError(message)
     raise InputError(f"the native CPU library refused a call: {message}")
+
+
+def function(name: str, result: object, arguments: list[object]) -> Callable[..., Any]:
+    """Another function of the library, without its prefix; a status that it gives is checked by :func:`check`.
+
+    Raises:
+        KernelUnavailableError: there is no usable library, or it is older than the function.
+    """
+    try:
+        return _library().bind(name, result, arguments)
+    except AttributeError:
+        raise KernelUnavailableError(f"{_path()} has no {name}: build it again") from None
+
+
+def check(status: int) -> None:
+    """Raise what a status other than 0 means.
+
+    Raises:
+        InputError: the library refused an argument, or SPARSE_ENGINE_ISA names an unusable level.
+        MemoryError: the library could not allocate its scratch.
+    """
+    if status:
+        _raise(_library(), status, os.environ.get(ISA_VARIABLE, ""))
 
 
 def available() -> str | None:

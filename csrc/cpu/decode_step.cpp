@@ -1,0 +1,382 @@
+// The decode step: the products of driver.h and the kernels of decode_kernels.h in one parallel region. Layout and order are
+// those of sparse_engine_decode.h.
+//
+// With one sequence every thread computes a norm and packs a product's input for itself, into memory of its own: that costs
+// less than waiting for another thread to do it. With more the sequences are shared out, with a barrier behind.
+
+#include "sparse_engine_decode.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+#include <new>
+
+#include "decode_kernels.h"
+#include "driver.h"
+#include "isa.h"
+#include "team.h"
+
+namespace sparse_engine {
+
+const DecodeKernels& decode_kernels(const KernelSet& set) {
+  (void)set;
+#if defined(SPARSE_ENGINE_HAVE_AVX512)
+  if (strcmp(set.name, "avx512") == 0) return decode_avx512();
+#endif
+#if defined(SPARSE_ENGINE_HAVE_AVX2)
+  if (strcmp(set.name, "avx2") == 0) return decode_avx2();
+#endif
+  return decode_scalar();
+}
+
+namespace {
+
+using LinearSpec = sparse_engine_decode_linear;
+using NormSpec = sparse_engine_decode_norm;
+
+constexpr int64_t kMaxLayers = 1 << 16;
+
+size_t aligned(size_t bytes) { return (bytes + size_t(kAlignment) - 1) / size_t(kAlignment) * size_t(kAlignment); }
+
+Weight weight_of(const LinearSpec& spec) {
+  return {spec.type,         spec.rows,
+          spec.columns,      static_cast<const uint8_t*>(spec.values),
+          spec.values_count, static_cast<const uint8_t*>(spec.scales),
+          spec.bitmask,      spec.row_offsets,
+          spec.row_values,   spec.row_offsets ? 0 : spec.group};
+}
+
+// Whether a product of the model is there, of that shape, and its arrays can be what they should.
+bool valid(const LinearSpec& spec, int64_t rows, int64_t columns) {
+  if (spec.type < 0 || spec.type >= kValueTypes || spec.rows != rows || spec.columns != columns || !spec.values) return false;
+  Weight w = weight_of(spec);
+  if (w.quantised() && !w.scales) return false;
+  if (!w.bitmask) return w.type != SPARSE_ENGINE_INT4 && w.values_count >= rows * columns;
+  if (w.row_offsets) return w.row_offsets[0] == 0 && w.start(rows) <= w.values_count;
+  return w.group >= 0 && w.row_values >= 0 && w.row_values <= columns && w.start(rows) <= w.values_count;
+}
+
+struct Product {
+  Linear linear;
+  const float* bias;
+};
+
+struct Layer {
+  NormSpec attention_norm, ffn_norm;
+  Product *q, *k, *v, *out, *fc1, *fc2;
+};
+
+} // namespace
+} // namespace sparse_engine
+
+using namespace sparse_engine;
+
+struct sparse_engine_decoder {
+  const KernelSet& set;
+  const DecodeKernels& kernels;
+  sparse_engine_decode_model model;
+  int64_t ffn, head_dim, max_batch, max_slots;
+  int threads;
+  Barrier barrier;
+
+  Layer* layers = nullptr;
+  Product *project_in = nullptr, *project_out = nullptr, *head = nullptr;
+
+  // Shared by the threads, fp32 (max_batch, ...).
+  float *stream, *normed, *q, *k, *v, *attended, *inner, *narrow;
+  uint8_t* packed;
+  // Of each thread: its own normed row and packed input where it needs them, scores, and the products' scratch.
+  uint8_t* own;
+  size_t own_bytes, own_packed, own_scores, own_scratch;
+  uint8_t* memory = nullptr;
+
+  sparse_engine_decoder(const KernelSet& set, const sparse_engine_decode_model& model, int64_t max_batch, int64_t max_slots, int threads)
+      : set(set), kernels(decode_kernels(set)), model(model), ffn(model.layer[0].fc1.rows), head_dim(model.hidden / model.heads),
+        max_batch(max_batch), max_slots(max_slots), threads(threads) {}
+
+  ~sparse_engine_decoder() {
+    free(memory);
+    free(layers);
+  }
+
+  template <class Visit>
+  void each_product(Visit visit) {
+    if (model.project_in.values) visit(model.project_in, project_in);
+    for (int64_t i = 0; i < model.layers; ++i) {
+      const sparse_engine_decode_layer& spec = model.layer[i];
+      Layer& layer = layers[i];
+      visit(spec.q, layer.q);
+      visit(spec.k, layer.k);
+      visit(spec.v, layer.v);
+      visit(spec.out, layer.out);
+      visit(spec.fc1, layer.fc1);
+      visit(spec.fc2, layer.fc2);
+    }
+    if (model.project_out.values) visit(model.project_out, project_out);
+    visit(model.head, head);
+  }
+
+  // Lays all memory out and prepares the products; false where there is too little of it.
+  bool prepare() {
+    layers = static_cast<Layer*>(calloc(size_t(model.layers), sizeof(Layer)));
+    if (!layers) return false;
+    size_t packed_bytes = 0, scratch_bytes = 0, fixed = 0;
+    each_product([&](const LinearSpec& spec, Product*&) {
+      Linear linear(set, weight_of(spec));
+      fixed += aligned(sizeof(Product)) + aligned(linear.tail_bytes());
+      for (int64_t batch = 1; batch <= max_batch; ++batch) {
+        packed_bytes = std::max(packed_bytes, aligned(linear.activation_bytes(batch)));
+        scratch_bytes = std::max(scratch_bytes, aligned(linear.scratch_bytes(batch)));
+      }
+    });
+    size_t wide = aligned(size_t(max_batch * model.hidden) * 4), inner_bytes = aligned(size_t(max_batch * ffn) * 4),
+           narrow_bytes = aligned(size_t(max_batch * model.embedding) * 4);
+    own_packed = aligned(size_t(model.hidden) * 4);
+    own_scores = own_packed + packed_bytes;
+    own_scratch = own_scores + aligned(size_t(max_slots) * 4);
+    own_bytes = own_scratch + scratch_bytes;
+    size_t total = fixed + 6 * wide + inner_bytes + narrow_bytes + packed_bytes + size_t(threads) * own_bytes;
+    memory = static_cast<uint8_t*>(aligned_alloc(size_t(kAlignment), total));
+    if (!memory) return false;
+    uint8_t* next = memory;
+    auto take = [&next](size_t bytes) {
+      uint8_t* here = next;
+      next += aligned(bytes);
+      return here;
+    };
+    each_product([&](const LinearSpec& spec, Product*& product) {
+      product = new (take(sizeof(Product))) Product{Linear(set, weight_of(spec)), spec.bias};
+      product->linear.place_tail(take(product->linear.tail_bytes()));
+    });
+    for (float** buffer : {&stream, &normed, &q, &k, &v, &attended})
+      *buffer = reinterpret_cast<float*>(take(wide));
+    inner = reinterpret_cast<float*>(take(inner_bytes));
+    narrow = reinterpret_cast<float*>(take(narrow_bytes));
+    packed = take(packed_bytes);
+    own = take(size_t(threads) * own_bytes);
+    for (int64_t i = 0; i < model.layers; ++i) {
+      layers[i].attention_norm = model.layer[i].attention_norm;
+      layers[i].ffn_norm = model.layer[i].ffn_norm;
+    }
+    return true;
+  }
+};
+
+namespace sparse_engine {
+namespace {
+
+// One thread's part of one step.
+class Step {
+public:
+  Step(sparse_engine_decoder& d, int64_t batch, const int64_t* tokens, const int64_t* starts, const int64_t* lengths, void* keys,
+       void* values, int64_t slots, float* logits, int thread, int threads)
+      : d_(d), batch_(batch), tokens_(tokens), starts_(starts), lengths_(lengths), keys_(static_cast<uint8_t*>(keys)),
+        values_(static_cast<uint8_t*>(values)), slots_(slots), logits_(logits), thread_(thread), threads_(threads),
+        own_(d.own + size_t(thread) * d.own_bytes), state_(d.stream) {}
+
+  void run() {
+    embed();
+    for (int64_t i = 0; i < d_.model.layers; ++i)
+      layer(d_.layers[i], i);
+    output();
+  }
+
+private:
+  bool alone() const { return batch_ == 1; }
+  void wait() { d_.barrier.wait(threads_); }
+  int64_t hidden() const { return d_.model.hidden; }
+
+  void embed() {
+    const sparse_engine_decode_model& m = d_.model;
+    auto tokens = static_cast<const uint8_t*>(m.token_embedding);
+    auto positions = static_cast<const uint8_t*>(m.position_embedding);
+    int64_t element = element_bytes(m.embedding_dtype);
+    Widen widen = d_.kernels.widen[m.embedding_dtype];
+    Range mine = share(batch_, 1, thread_, threads_);
+    for (int64_t b = mine.begin; b < mine.end; ++b)
+      widen(tokens + tokens_[b] * m.embedding * element, m.embedding, (d_.project_in ? d_.narrow : d_.stream) + b * m.embedding);
+    wait();
+    if (d_.project_in) {
+      multiply(*d_.project_in, pack(*d_.project_in, d_.narrow), d_.stream);
+      wait();
+    }
+    auto place = reinterpret_cast<float*>(own_);
+    for (int64_t b = mine.begin; b < mine.end; ++b) {
+      widen(positions + (lengths_[b] - starts_[b] + m.position_offset) * m.hidden * element, m.hidden, place);
+      for (int64_t i = 0; i < m.hidden; ++i)
+        d_.stream[b * m.hidden + i] += place[i];
+    }
+    wait();
+  }
+
+  void layer(Layer& layer, int64_t index) {
+    bool first = d_.model.norm_first != 0;
+    const float* input = first ? norm(layer.attention_norm) : state_;
+    const void* packed = pack(*layer.q, input);
+    multiply(*layer.q, packed, d_.q);
+    packed = pack_again(*layer.k, *layer.q, packed, input);
+    multiply(*layer.k, packed, d_.k);
+    packed = pack_again(*layer.v, *layer.k, packed, input);
+    multiply(*layer.v, packed, d_.v);
+    wait();
+    attend(index);
+    wait();
+    multiply_onto_stream(*layer.out, pack(*layer.out, d_.attended));
+    wait();
+    if (!first) state_ = norm(layer.attention_norm);
+    input = first ? norm(layer.ffn_norm) : state_;
+    Range rows = multiply(*layer.fc1, pack(*layer.fc1, input), d_.inner);
+    for (int64_t b = 0; b < batch_; ++b)
+      for (int64_t i = rows.begin; i < rows.end; ++i)
+        d_.inner[b * d_.ffn + i] = std::max(d_.inner[b * d_.ffn + i], 0.0f);
+    wait();
+    multiply_onto_stream(*layer.fc2, pack(*layer.fc2, d_.inner));
+    wait();
+    if (!first) state_ = norm(layer.ffn_norm);
+  }
+
+  void output() {
+    const float* input = d_.model.final_norm.present ? norm(d_.model.final_norm) : state_;
+    if (d_.project_out) {
+      multiply(*d_.project_out, pack(*d_.project_out, input), d_.narrow);
+      wait();
+      input = d_.narrow;
+    }
+    multiply(*d_.head, pack(*d_.head, input), logits_);
+  }
+
+  // The stream's rows normalised: this thread's own copy of the only one, or shared out and complete on return.
+  const float* norm(const NormSpec& spec) {
+    if (alone()) {
+      auto row = reinterpret_cast<float*>(own_);
+      d_.kernels.normalise(d_.stream, spec.weight, spec.bias, d_.model.epsilon, hidden(), row);
+      return row;
+    }
+    Range mine = share(batch_, 1, thread_, threads_);
+    for (int64_t b = mine.begin; b < mine.end; ++b)
+      d_.kernels.normalise(d_.stream + b * hidden(), spec.weight, spec.bias, d_.model.epsilon, hidden(), d_.normed + b * hidden());
+    wait();
+    return d_.normed;
+  }
+
+  // The input of a product in its kernels' layout, complete on return. No thread may still read the one before.
+  const void* pack(const Product& product, const float* input) {
+    if (alone()) {
+      product.linear.pack(input, SPARSE_ENGINE_FP32, 1, own_ + d_.own_packed);
+      return own_ + d_.own_packed;
+    }
+    product.linear.pack(input, SPARSE_ENGINE_FP32, batch_, d_.packed, thread_, threads_);
+    wait();
+    return d_.packed;
+  }
+
+  // The same for another product of an input that `last` has packed already: nothing to do for weights of one kind.
+  const void* pack_again(const Product& product, const Product& last, const void* packed, const float* input) {
+    const Weight &w = product.linear.weight(), &before = last.linear.weight();
+    if (w.type == before.type && !w.bitmask == !before.bitmask) return packed;
+    if (!alone()) wait();
+    return pack(product, input);
+  }
+
+  // This thread's rows of a product to y (batch, rows); the range of those rows.
+  Range multiply(const Product& product, const void* packed, float* y) {
+    int64_t rows = product.linear.weight().rows;
+    Range mine = share(rows, product.linear.granule(batch_), thread_, threads_);
+    Output output{SPARSE_ENGINE_FP32, y, rows, product.bias, SPARSE_ENGINE_FP32};
+    product.linear.rows(packed, batch_, mine.begin, mine.end, output, own_ + d_.own_scratch);
+    return mine;
+  }
+
+  // stream = state + product, in this thread's rows. The queries are over by then and lend their memory.
+  void multiply_onto_stream(const Product& product, const void* packed) {
+    Range rows = multiply(product, packed, d_.q);
+    for (int64_t b = 0; b < batch_; ++b)
+      for (int64_t i = b * hidden() + rows.begin; i < b * hidden() + rows.end; ++i)
+        d_.stream[i] = state_[i] + d_.q[i];
+  }
+
+  void attend(int64_t index) {
+    int64_t heads = d_.model.heads, dim = d_.head_dim;
+    int32_t dtype = d_.model.cache_dtype;
+    int64_t row_bytes = dim * element_bytes(dtype);
+    float scale = 1.0f / sqrtf(float(dim));
+    Range mine = share(batch_ * heads, 1, thread_, threads_);
+    for (int64_t i = mine.begin; i < mine.end; ++i) {
+      int64_t b = i / heads, start = starts_[b], length = lengths_[b];
+      int64_t first = (index * batch_ * heads + i) * slots_;
+      uint8_t *keys = keys_ + (first + start) * row_bytes, *values = values_ + (first + start) * row_bytes;
+      d_.kernels.narrow[dtype](d_.k + i * dim, dim, keys + (length - start) * row_bytes);
+      d_.kernels.narrow[dtype](d_.v + i * dim, dim, values + (length - start) * row_bytes);
+      d_.kernels.attend[dtype](d_.q + i * dim, keys, values, length - start + 1, dim, scale, reinterpret_cast<float*>(own_ + d_.own_scores),
+                               d_.attended + i * dim);
+    }
+  }
+
+  sparse_engine_decoder& d_;
+  int64_t batch_;
+  const int64_t *tokens_, *starts_, *lengths_;
+  uint8_t *keys_, *values_;
+  int64_t slots_;
+  float* logits_;
+  int thread_, threads_;
+  uint8_t* own_;
+  const float* state_; // what a layer's products are added to
+};
+
+bool valid(const sparse_engine_decode_model& m) {
+  if (m.layers < 1 || m.layers > kMaxLayers || m.heads < 1 || m.hidden < 1 || m.hidden % m.heads || m.embedding < 1 || m.vocabulary < 1)
+    return false;
+  if (m.positions < 1 || m.position_offset < 0 || !m.token_embedding || !m.position_embedding || !m.layer) return false;
+  if (m.embedding_dtype < 0 || m.embedding_dtype >= kDtypes || m.cache_dtype < 0 || m.cache_dtype >= kDtypes) return false;
+  if (m.embedding != m.hidden && (!valid(m.project_in, m.hidden, m.embedding) || !valid(m.project_out, m.embedding, m.hidden)))
+    return false;
+  if (m.embedding == m.hidden && (m.project_in.values || m.project_out.values)) return false;
+  int64_t ffn = m.layer[0].fc1.rows;
+  if (ffn < 1 || !valid(m.head, m.vocabulary, m.embedding)) return false;
+  for (int64_t i = 0; i < m.layers; ++i) {
+    const sparse_engine_decode_layer& layer = m.layer[i];
+    for (const LinearSpec* spec : {&layer.q, &layer.k, &layer.v, &layer.out})
+      if (!valid(*spec, m.hidden, m.hidden)) return false;
+    if (!valid(layer.fc1, ffn, m.hidden) || !valid(layer.fc2, m.hidden, ffn)) return false;
+  }
+  return true;
+}
+
+} // namespace
+} // namespace sparse_engine
+
+int32_t sparse_engine_decoder_create(const sparse_engine_decode_model* model, int64_t max_batch, int64_t max_slots, int32_t threads,
+                                     sparse_engine_decoder** decoder) {
+  if (!decoder) return SPARSE_ENGINE_BAD_ARGUMENT;
+  *decoder = nullptr;
+  const KernelSet* set;
+  if (int32_t status = current_kernels(&set)) return status;
+  if (!model || max_batch < 1 || max_slots < 1 || threads < 1 || !valid(*model)) return SPARSE_ENGINE_BAD_ARGUMENT;
+  auto made = new (std::nothrow) sparse_engine_decoder(*set, *model, max_batch, max_slots, threads);
+  if (!made || !made->prepare()) {
+    delete made;
+    return SPARSE_ENGINE_OUT_OF_MEMORY;
+  }
+  *decoder = made;
+  return SPARSE_ENGINE_OK;
+}
+
+void sparse_engine_decoder_destroy(sparse_engine_decoder* decoder) { delete decoder; }
+
+int32_t sparse_engine_decode_step(sparse_engine_decoder* decoder, int64_t batch, const int64_t* tokens, const int64_t* starts,
+                                  const int64_t* lengths, void* keys, void* values, int64_t slots, float* logits) {
+  if (!decoder || batch < 0 || batch > decoder->max_batch || slots < 1 || slots > decoder->max_slots) return SPARSE_ENGINE_BAD_ARGUMENT;
+  if (batch == 0) return SPARSE_ENGINE_OK;
+  if (!tokens || !starts || !lengths || !keys || !values || !logits) return SPARSE_ENGINE_BAD_ARGUMENT;
+  const sparse_engine_decode_model& m = decoder->model;
+  for (int64_t b = 0; b < batch; ++b)
+    if (tokens[b] < 0 || tokens[b] >= m.vocabulary || starts[b] < 0 || lengths[b] < starts[b] || lengths[b] >= slots ||
+        lengths[b] - starts[b] + m.position_offset >= m.positions)
+      return SPARSE_ENGINE_BAD_ARGUMENT;
+  in_parallel(decoder->threads, [&](int thread, int threads) {
+    Step(*decoder, batch, tokens, starts, lengths, keys, values, slots, logits, thread, threads).run();
+  });
+  return SPARSE_ENGINE_OK;
+}
