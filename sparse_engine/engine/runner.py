@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_engine.engine import native_step
 from sparse_engine.engine.choice import Choice
 from sparse_engine.engine.kernels import DecodeState, Embedding, attention_decode, embed, layer_norm
 from sparse_engine.engine.kernels.embed import POSITION_OFFSET
@@ -234,6 +235,8 @@ def runner_for(model: Any, *, forced: bool = False) -> Runner | str:
     device = next(model.parameters()).device.type
     if device == "cuda":
         from sparse_engine.engine.cuda import CudaRunner as Kind
+    elif device == "cpu" and native_step.available() is None:
+        from sparse_engine.engine.cpu import CpuRunner as Kind  # type: ignore[assignment]
     elif forced:
         Kind = Runner  # type: ignore[assignment,misc]
     else:

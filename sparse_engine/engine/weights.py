@@ -139,4 +139,4 @@ def fingerprint(model: Any) -> tuple[object, ...]:
     """Changes whenever a weight of the model is moved, cast, replaced or given another kernel, while :func:`plans` are held."""
     first = next(model.parameters())
     places = [parameter.data_ptr() for parameter in model.parameters()]
-    return (first.dtype, first.device, *places, *map(id, plans(model)))
+    return (first.dtype, first.device, getattr(model.config, "head_values", None), *places, *map(id, plans(model)))

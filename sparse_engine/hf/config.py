@@ -21,6 +21,9 @@ class SparseOPTConfig(OPTConfig):  # type: ignore[no-untyped-call]
 
     model_type = "sparse_opt"
 
+    head_values: str | None = None
+    """ "int8" lets the decode step on a processor multiply by an int8 copy of the output head (one scale per token of the vocabulary)."""
+
     def __post_init__(self, **kwargs: Any) -> None:
         # Every loader makes a config before it looks for a model or a quantiser, so this is early enough to register both,
         # and `import sparse_engine` is spared the import of the modeling code.

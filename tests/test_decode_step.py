@@ -1,0 +1,196 @@
+"""The native decode step against transformers' forward: weights of every type, instruction-set levels, padding, and full caches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import OPTForCausalLM
+
+from sparse_engine import SparseOPTForCausalLM, native
+from sparse_engine.engine import native_step
+from sparse_engine.engine.cpu import int8_head
+from sparse_engine.engine.native_step import Decoder, Description
+from sparse_engine.engine.runner import runner_for
+from sparse_engine.errors import InputError
+
+pytestmark = pytest.mark.skipif(native_step.available() is not None, reason="needs the native library with the decode step")
+
+LEVELS = native.supported_isas() if native.available() is None else []
+SLOTS = 40
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
+"""Relative error of logits against a float32 forward of the same weights."""
+
+MODELS: dict[str, dict[str, Any] | None] = {
+    "dense": None,
+    "2:4": {"nm": "2:4"},
+    "3:8": {"nm": "3:8"},
+    "unstructured": {"sparsity": 0.6},
+    "2:4-int8": {"nm": "2:4", "values": "int8"},
+    "unstructured-int4": {"sparsity": 0.4, "values": "int4"},
+}
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa(None)
+
+
+@pytest.fixture(scope="module", params=["pre-norm", "post-norm", "odd"])
+def checkpoint(request: pytest.FixtureRequest, tiny_opt: Path, tiny_opt_350m: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from conftest import make_tiny_opt
+
+    if request.param == "odd":
+        # Widths that fill no vector: heads of 8, products of 40 and 24 columns, a vocabulary of 323.
+        sizes: dict[str, object] = {
+            "hidden_size": 40,
+            "word_embed_proj_dim": 24,
+            "ffn_dim": 72,
+            "num_attention_heads": 5,
+            "vocab_size": 323,
+        }
+        return make_tiny_opt(tmp_path_factory.mktemp("odd") / "odd", **sizes)
+    return tiny_opt if request.param == "pre-norm" else tiny_opt_350m
+
+
+def load(path: Path, packing: dict[str, Any] | None, dtype: torch.dtype = torch.float32) -> Any:
+    if packing is None:
+        return OPTForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    return SparseOPTForCausalLM.from_pretrained(path, dtype=dtype, **packing).eval()
+
+
+def exact(model: Any) -> OPTForCausalLM:
+    """The float32 transformers model with the very weights of ``model``."""
+    dense = model.to_dense() if isinstance(model, SparseOPTForCausalLM) else OPTForCausalLM(model.config)
+    if not isinstance(model, SparseOPTForCausalLM):
+        dense.load_state_dict(model.state_dict())
+    return dense.float().eval()
+
+
+def poisoned(description: Description, batch: int, slots: int = SLOTS) -> tuple[Tensor, Tensor]:
+    shape = (description.layers, batch, description.heads, slots, description.hidden // description.heads)
+    return torch.full(shape, torch.nan, dtype=description.dtype), torch.full(shape, torch.nan, dtype=description.dtype)
+
+
+def run(decoder: Decoder, ids: Tensor, starts: Tensor) -> Tensor:
+    """Logits (batch, T, vocabulary) of ``ids`` (batch, T) fed token by token; a sequence begins at its start, and rows before are 0."""
+    batch, length = ids.shape
+    keys, values = poisoned(decoder.description, batch)
+    logits = torch.zeros(batch, length, decoder.description.vocabulary)
+    for t in range(length):
+        here = starts <= t
+        # Sequences that have not begun run at their first slot, which they write again later.
+        at = torch.where(here, t, starts)
+        got = decoder.step(ids[:, t], starts, at, keys, values)
+        assert bool(torch.isfinite(got).all()), "a slot that nothing was written to was read"
+        logits[here, t] = got[here]
+    return logits
+
+
+def reference(model: OPTForCausalLM, ids: Tensor, starts: Tensor) -> Tensor:
+    mask = (torch.arange(ids.shape[1]) >= starts[:, None]).long()
+    with torch.inference_mode():
+        return model(ids, attention_mask=mask).logits.float() * mask[:, :, None]
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return float((got - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize("packing", MODELS.values(), ids=MODELS)
+def test_logits_are_those_of_the_forward_at_every_level(checkpoint: Path, packing: dict[str, Any] | None, level: str) -> None:
+    model = load(checkpoint, packing)
+    quantised = packing is not None and "values" in packing
+    want_of = exact(model)
+    for starts in ([0], [3, 0, 11]):
+        ids = torch.randint(4, 300, (len(starts), 18), generator=torch.Generator().manual_seed(len(starts)))
+        offsets = torch.tensor(starts)
+        got = run(Decoder(Description(model), len(starts), SLOTS), ids, offsets)
+        # Activations that meet int8 and int4 weights are rounded to int8.
+        assert error(got, reference(want_of, ids, offsets)) < (3e-2 if quantised else TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("packing", [None, {"nm": "2:4"}], ids=["dense", "2:4"])
+def test_logits_of_16_bit_weights(tiny_opt: Path, packing: dict[str, Any] | None, dtype: torch.dtype, level: str) -> None:
+    model = load(tiny_opt, packing, dtype)
+    starts = torch.tensor([0, 5])
+    ids = torch.randint(4, 300, (2, 18), generator=torch.Generator().manual_seed(7))
+    got = run(Decoder(Description(model), 2, SLOTS), ids, starts)
+    assert error(got, reference(exact(model), ids, starts)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_any_number_of_threads_and_sequences_gives_the_same(tiny_opt: Path, threads: int) -> None:
+    model, before = load(tiny_opt, {"nm": "2:4"}), torch.get_num_threads()
+    want_of = exact(model)
+    torch.set_num_threads(threads)
+    try:
+        for batch in (1, 2, 9, 16):
+            starts = torch.arange(batch) % 4
+            ids = torch.randint(4, 300, (batch, 8), generator=torch.Generator().manual_seed(batch))
+            got = run(Decoder(Description(model), 16, SLOTS), ids, starts)
+            assert error(got, reference(want_of, ids, starts)) < TOLERANCE[torch.float32]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_int8_head_is_near_the_dense_one_and_never_used_unasked(tiny_opt: Path, level: str) -> None:
+    model = load(tiny_opt, {"nm": "2:4"})
+    weight = model.lm_head.weight.detach()
+    head = int8_head(weight)
+    assert (head["values"].float() * head["scales"][:, None] - weight).abs().max() <= weight.abs().max() / 250
+    ids, starts = torch.randint(4, 300, (2, 6), generator=torch.Generator().manual_seed(3)), torch.zeros(2, dtype=torch.int64)
+    want = reference(exact(model), ids, starts)
+    assert 1e-4 < error(run(Decoder(Description(model, head=head), 2, SLOTS), ids, starts), want) < 2e-2
+    assert error(run(Decoder(Description(model), 2, SLOTS), ids, starts), want) < TOLERANCE[torch.float32]
+
+
+def test_the_head_of_the_configuration_is_used_by_generate(tiny_opt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(tiny_opt, {"nm": "2:4"})
+    plain = runner_for(model)
+    assert not isinstance(plain, str)
+    model.config.head_values = "int8"
+    quantised = runner_for(model)
+    assert quantised is not plain
+    monkeypatch.setenv("SPARSE_ENGINE_GENERATE", "engine")
+    ids = torch.arange(5, 17)[None]
+    with torch.inference_mode():
+        best = model(ids).logits[0, -1].topk(4).indices.tolist()
+    assert int(model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1]) in best
+
+
+def test_what_a_step_cannot_do_is_said_and_nothing_is_written(tiny_opt: Path) -> None:
+    model = load(tiny_opt, None)
+    description = Description(model)
+    decoder = Decoder(description, 2, 200)
+    keys, values = poisoned(description, 2, 200)
+    tokens, zeros = torch.tensor([5, 6]), torch.zeros(2, dtype=torch.int64)
+
+    def refused(message: str, tokens: Tensor = tokens, starts: Tensor = zeros, lengths: Tensor = zeros, slots: int = 200) -> None:
+        with pytest.raises(InputError, match=message):
+            decoder.step(tokens, starts, lengths, keys[:, :, :, :slots], values[:, :, :, :slots])
+        assert bool(torch.isnan(keys).all())
+
+    refused("the cache of 200 tokens is full", lengths=torch.tensor([3, 200]))
+    refused("the model has 128 positions, and a sequence would have 129 tokens", lengths=torch.tensor([0, 128]))
+    refused("a sequence ends before it starts", starts=torch.tensor([0, 4]), lengths=torch.tensor([0, 3]))
+    refused("a sequence ends before it starts", starts=torch.tensor([0, -1]))
+    refused("token ids are 0 to 319, got 5 to 320", tokens=torch.tensor([5, 320]))
+    refused("token ids are 0 to 319, got -1 to 6", tokens=torch.tensor([-1, 6]))
+    refused("expected contiguous", slots=100)
+    with pytest.raises(InputError, match="the decoder was made for 2 sequences in 200 slots, got 3 in 200"):
+        decoder.step(torch.tensor([5, 6, 7]), torch.zeros(3), torch.zeros(3), *poisoned(description, 3, 200))
+    with pytest.raises(InputError, match="reads no float64 embeddings"):
+        Description(OPTForCausalLM(model.config).double())
+    assert bool(
+        torch.isfinite(
+            decoder.step(tokens, torch.tensor([0, 72]), torch.tensor([127, 199]), *(torch.zeros_like(t) for t in (keys, values)))
+        ).all()
+    )
