@@ -141,6 +141,7 @@ def generate(loaded: Loaded, pairs: Sequence[Pair], folder: Path, settings: Eval
         "kind": loaded.kind,
         "device": _device_name(loaded.model.device),
         "kernels": _kernels(loaded.model),
+        "loop": getattr(loaded.model, "generation_path", None) or "transformers",
         "examples": len(summaries),
         "seconds": seconds,
         "seconds_per_example": seconds / len(summaries),

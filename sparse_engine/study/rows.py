@@ -16,7 +16,8 @@ from sparse_engine.study.stages import Stages
 __all__ = ["row_result", "table_line"]
 
 _MEASURES = ("blank", "repeated_4grams", "novel_2grams", "coverage", "density", "length_ratio")
-_COSTS = ("parameters", "nonzero", "weight_nbytes", "disk_nbytes", "peak_device_nbytes", "peak_host_nbytes", "kind", "device", "kernels")
+_COSTS = ("parameters", "nonzero", "weight_nbytes", "disk_nbytes", "peak_device_nbytes", "peak_host_nbytes")
+_WAYS = ("kind", "device", "kernels", "loop")
 
 
 def row_result(row: Row, graph: Graph, stages: Stages, *, examples: int) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def row_result(row: Row, graph: Graph, stages: Stages, *, examples: int) -> dict
         "settings": made["settings"],
         "steps": _steps(graph.checkpoint(row), stages),
         "splits": splits,
-        "cost": {key: result["test"][key] for key in _COSTS},
+        "cost": {key: result["test"][key] for key in (*_COSTS, *_WAYS)},
         "speed": result["speed"],
         "evaluated_on": made["environment"],
         "scored_with": scored["settings"],
@@ -80,6 +81,7 @@ def table_line(result: Mapping[str, Any], dense: Mapping[str, Any] | None) -> di
         dense: the finished row of the dense reference, for speed-ups, size ratios and recoveries; None leaves those empty.
     """
     line: dict[str, Any] = {"id": result["id"], "model": result["model"], **result["labels"], "engine": result["cost"]["kind"]}
+    line["loop"] = result["cost"]["loop"]
     published = result["published"]
     for split in SPLITS:
         measured = result["splits"].get(split, {})
@@ -132,10 +134,17 @@ def _costs(result: Mapping[str, Any], dense: Mapping[str, Any] | None) -> dict[s
 
 
 def _comparable(result: Mapping[str, Any], dense: Mapping[str, Any] | None) -> bool:
-    """Whether both rows ran on the same device in the same type: a speed-up over another machine would mean nothing."""
-    return dense is not None and all(
+    """Whether both rows ran on the same device, in the same type and by the same token loop: else a speed-up would mean nothing."""
+    if dense is None or _loop(result) != _loop(dense):
+        return False
+    return all(
         result[part][key] == dense[part][key] for part, key in (("cost", "device"), ("settings", "dtype"), ("settings", "batch_size"))
     )
+
+
+def _loop(result: Mapping[str, Any]) -> str:
+    """Whose loop generated the tokens, without the reason."""
+    return str(result["cost"]["loop"]).partition(",")[0].partition(" ")[0]
 
 
 def _seconds(result: Mapping[str, Any], kind: str) -> float | None:

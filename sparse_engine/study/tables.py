@@ -58,9 +58,10 @@ def comparison_columns(lines: Sequence[Line]) -> list[Column]:
     """What the published table lacked: realised speed, packed size, recovery, likelihood and coherence."""
     speeds = sorted({key for line in lines for key in line if key.startswith("speedup_batch_")}, key=lambda k: int(k.rpartition("_")[2]))
     columns = [Column("row", lambda line: str(line["id"]), text=True), Column("engine", lambda line: str(line["engine"]), text=True)]
+    columns.append(Column("token loop", lambda line: str(line["loop"]).partition(",")[0], text=True))
     for name in speeds:
         batch = name.rpartition("_")[2]
-        columns.append(Column(f"ms/token, batch {batch}", _beside(f"token_ms_batch_{batch}", ".2f")))
+        columns.append(Column(f"ms/token, batch {batch}", _beside(f"token_ms_batch_{batch}", ".3f")))
         columns.append(Column(f"speed-up over dense, batch {batch}", _times(name)))
     columns += [
         Column("size over dense", _times("size_ratio")),
