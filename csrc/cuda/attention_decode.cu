@@ -19,8 +19,10 @@
 #define MAX_PARTS 8
 #define ROW_VECTORS (HEAD_SIZE / VECTOR)
 #define POWER_OF_TWO (ROW_VECTORS & -ROW_VECTORS)
-#define LANES (POWER_OF_TWO < 32 ? POWER_OF_TWO : 32)
-#define PER_LANE (ROW_VECTORS / LANES)
+#define EVEN_LANES (POWER_OF_TWO < 32 ? POWER_OF_TWO : 32)
+// Lanes that share a position evenly, unless each would hold so much that registers run out.
+#define LANES (ROW_VECTORS / EVEN_LANES <= 5 ? EVEN_LANES : ROW_VECTORS <= 8 ? 8 : ROW_VECTORS <= 16 ? 16 : 32)
+#define PER_LANE ((ROW_VECTORS + LANES - 1) / LANES)
 #define GROUPS (32 / LANES)
 #define STEP (WARPS * GROUPS)
 #define TILE (UNROLL * STEP)
@@ -37,6 +39,9 @@ struct Params {
   int heads, capacity;
   float scale; // of the scores
 };
+
+// Whether lane `in_group` of a group has a vector j.
+__device__ __forceinline__ bool holds(int in_group, int j) { return ROW_VECTORS % LANES == 0 || in_group + j * LANES < ROW_VECTORS; }
 
 struct Range {
   int begin, end;
@@ -77,12 +82,12 @@ __device__ __forceinline__ float exp2_fast(float x) {
 
 // This lane's vectors of UNROLL positions, STEP apart, the first at `at`. Of those from `left` on, the tile keeps what
 // it held: their weight will be zero.
-__device__ __forceinline__ void load_tile(uint4 (&tile)[UNROLL][PER_LANE], const uint4* at, int left) {
+__device__ __forceinline__ void load_tile(uint4 (&tile)[UNROLL][PER_LANE], const uint4* at, int left, int in_group) {
 #pragma unroll
   for (int u = 0; u < UNROLL; ++u)
 #pragma unroll
     for (int j = 0; j < PER_LANE; ++j)
-      load_cache(tile[u][j], at + u * STEP * ROW_VECTORS + j * LANES, u * STEP < left);
+      load_cache(tile[u][j], at + u * STEP * ROW_VECTORS + j * LANES, u * STEP < left && holds(in_group, j));
 }
 
 __device__ __forceinline__ float dot(const float (&q)[PER_LANE][VECTOR], const uint4 (&k)[PER_LANE]) {
@@ -154,13 +159,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_deco
   const uint4* v_at = v_cache + (long long)(range.begin + first) * ROW_VECTORS;
   int left = range.end - range.begin - first;
   uint4 k[UNROLL][PER_LANE] = {}, v[UNROLL][PER_LANE] = {};
-  load_tile(k, k_at, left);
-  load_tile(v, v_at, left);
+  load_tile(k, k_at, left, in_group);
+  load_tile(v, v_at, left, in_group);
 #pragma unroll
   for (int u = UNROLL; u < 2 * UNROLL; ++u)
     if (u * STEP < left)
 #pragma unroll
       for (int j = 0; j < PER_LANE; ++j) {
+        if (!holds(in_group, j)) continue;
         prefetch(k_at + u * STEP * ROW_VECTORS + j * LANES);
         prefetch(v_at + u * STEP * ROW_VECTORS + j * LANES);
       }
@@ -171,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_deco
   float q[PER_LANE][VECTOR];
 #pragma unroll
   for (int j = 0; j < PER_LANE; ++j)
-    unpack<ELEMENT>(qkv[j * LANES], q[j]);
+    unpack<ELEMENT>(holds(in_group, j) ? qkv[j * LANES] : make_uint4(0, 0, 0, 0), q[j]);
 #pragma unroll
   for (int j = 0; j < PER_LANE; ++j)
 #pragma unroll
@@ -182,8 +188,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_deco
     uint4 own_k[PER_LANE], own_v[PER_LANE];
 #pragma unroll
     for (int j = 0; j < PER_LANE; ++j) {
-      own_k[j] = qkv[(long long)p.heads * ROW_VECTORS + j * LANES];
-      own_v[j] = qkv[2ll * p.heads * ROW_VECTORS + j * LANES];
+      own_k[j] = own_v[j] = make_uint4(0, 0, 0, 0);
+      if (holds(in_group, j)) {
+        own_k[j] = qkv[(long long)p.heads * ROW_VECTORS + j * LANES];
+        own_v[j] = qkv[2ll * p.heads * ROW_VECTORS + j * LANES];
+      }
     }
     const float score = group_sum(dot(q, own_k));
     if (lane < LANES) {
@@ -191,10 +200,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_deco
       sum = 1;
       add_weighted(acc, 1.0f, own_v);
 #pragma unroll
-      for (int j = 0; j < PER_LANE; ++j) {
-        k_cache[(long long)now * ROW_VECTORS + j * LANES] = own_k[j];
-        v_cache[(long long)now * ROW_VECTORS + j * LANES] = own_v[j];
-      }
+      for (int j = 0; j < PER_LANE; ++j)
+        if (holds(in_group, j)) {
+          k_cache[(long long)now * ROW_VECTORS + j * LANES] = own_k[j];
+          v_cache[(long long)now * ROW_VECTORS + j * LANES] = own_v[j];
+        }
     }
   }
   if (now != length) {
@@ -202,8 +212,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_deco
     k_at = k_cache + (long long)(range.begin + first) * ROW_VECTORS;
     v_at = v_cache + (long long)(range.begin + first) * ROW_VECTORS;
     left = range.end - range.begin - first;
-    load_tile(k, k_at, left);
-    load_tile(v, v_at, left);
+    load_tile(k, k_at, left, in_group);
+    load_tile(v, v_at, left, in_group);
   }
 
   for (int tiles = (range.end - range.begin + TILE - 1) / TILE; tiles > 0; --tiles) {
@@ -213,7 +223,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_deco
       score[u] = dot(q, k[u]);
     k_at += TILE * ROW_VECTORS;
     v_at += TILE * ROW_VECTORS;
-    load_tile(k, k_at, left - TILE);
+    load_tile(k, k_at, left - TILE, in_group);
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
       score[u] = group_sum(score[u]);
@@ -235,7 +245,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_deco
       add_weighted(acc, weight, v[u]);
     }
     left -= TILE;
-    load_tile(v, v_at, left);
+    load_tile(v, v_at, left, in_group);
   }
 
   float highest = maximum;
@@ -255,7 +265,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_deco
 #pragma unroll
       for (int offset = LANES; offset < 32; offset <<= 1)
         acc[j][i] += __shfl_xor_sync(ALL, acc[j][i], offset);
-      if (lane < LANES) of_warps[warp].values[(j * LANES + in_group) * VECTOR + i] = acc[j][i];
+      if (lane < LANES && holds(in_group, j)) of_warps[warp].values[(j * LANES + in_group) * VECTOR + i] = acc[j][i];
     }
   if (lane == 0) {
     of_warps[warp].sum = sum;

@@ -11,11 +11,9 @@ from torch import Tensor
 from sparse_engine.engine.kernels import launching
 from sparse_engine.errors import InputError
 
-__all__ = ["MAX_HEAD_SIZE", "Split", "attention_decode", "attention_reference", "choose_split", "per_lane"]
+__all__ = ["MAX_HEAD_SIZE", "Split", "attention_decode", "attention_reference", "choose_split"]
 
 MAX_HEAD_SIZE = 256
-_MAX_PER_LANE = 5
-"""Vectors of a position that a lane may hold before its registers run out."""
 _MAX_CLUSTER = 8
 """Blocks of a cluster that every Hopper GPU can place."""
 
@@ -54,9 +52,10 @@ class _Params(ctypes.Structure):
 
 
 def per_lane(head_size: int, itemsize: int) -> int:
-    """16-byte vectors of a position that a lane holds: a group of a power of two of lanes shares it."""
+    """16-byte vectors of a position that a lane of csrc/cuda/attention_decode.cu holds."""
     vectors = head_size * itemsize // 16
-    return vectors // min(vectors & -vectors, 32)
+    even = vectors // min(vectors & -vectors, 32)
+    return even if even <= 5 else -(-vectors // 32)
 
 
 def choose_split(batch: int, heads: int, head_size: int, itemsize: int, capacity: int, processors: int, clusters: bool) -> Split:
@@ -101,7 +100,7 @@ def attention_decode(
     ``split`` overrides the launch's division of the work.
 
     Raises:
-        InputError: shapes, types or devices do not fit, or D is not 8, 24 or 40 times a power of two up to 256.
+        InputError: shapes, types or devices do not fit, or D is not a multiple of 8 up to 256.
         KernelUnavailableError: the kernel cannot be compiled or launched.
     """
     if k_cache.dim() != 4 or qkv.dtype not in launching.ELEMENT:
