@@ -151,11 +151,13 @@ class Runner:
 
     def _norm(self, weights: LayerNormWeights, h: Tensor, pending: Tensor | None) -> tuple[Tensor, Tensor]:
         """(h + pending, its LayerNorm)."""
-        if pending is not None:
-            h = h + pending
         out = torch.empty_like(h)
-        layer_norm(h, weights.weight, weights.bias, weights.eps, out)
-        return h, out
+        if pending is None:
+            layer_norm(h, weights.weight, weights.bias, weights.eps, out)
+            return h, out
+        total = torch.empty_like(h)
+        layer_norm(h, weights.weight, weights.bias, weights.eps, out, added=pending, total=total)
+        return total, out
 
     def _empty(self, batch: int, width: int) -> Tensor:
         return torch.empty(batch, width, dtype=self.dtype, device=self.device)
@@ -190,10 +192,8 @@ class Session:
             if not len(prompt):
                 raise InputError("a prompt is empty; give it at least the beginning-of-sequence token")
             if len(prompt) > self.runner.max_positions or limit > self.cache.capacity or pads + len(prompt) >= limit:
-                room = min(self.runner.max_positions, self.cache.capacity)
-                raise InputError(
-                    f"a prompt of {len(prompt)} tokens leaves no room for new ones: the limit is {limit}, the cache has {room}"
-                )
+                room = min(self.runner.max_positions, self.cache.capacity, limit - pads - 1)
+                raise InputError(f"a prompt of {len(prompt)} tokens leaves no room for new ones: it may have {room}")
         logits = self.runner.prefill(self.cache, rows, prompts)
         state, device = self.state, self.runner.device
         index = torch.tensor(list(rows), device=device)

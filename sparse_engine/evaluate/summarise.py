@@ -13,7 +13,7 @@ from torch import Tensor
 from sparse_engine.data.prompt import END, extract_summary, prompt_tokens
 from sparse_engine.progress import Track, silent
 
-__all__ = ["MAX_NEW_TOKENS", "Summary", "summarise"]
+__all__ = ["MAX_NEW_TOKENS", "Summary", "summarise", "summarise_many"]
 
 MAX_NEW_TOKENS = 128
 """Most tokens of a summary in the study."""
@@ -66,6 +66,37 @@ def summarise(
         _one(model, tokenizer, prompt_tokens(t, tokenizer, max_text_tokens, most), max_new_tokens)
         for t in track(texts, "summarising", len(texts))
     ]
+
+
+def summarise_many(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    batch: int | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_text_tokens: int = 1024,
+    track: Track = silent,
+) -> list[tuple[str, int]]:
+    """As :func:`summarise`, ``batch`` texts at a time (None: as many as the device bears): text and number of tokens of each summary.
+
+    Finished summaries make room for waiting texts at once (:mod:`sparse_engine.engine.many`).
+
+    Raises:
+        InputError: the model has too few positions, or is not one that the engine runs.
+    """
+    from sparse_engine.engine.many import generate_many
+
+    most = model.config.max_position_embeddings - max_new_tokens
+    prompts = [prompt_tokens(text, tokenizer, max_text_tokens, most) for text in texts]
+
+    def ended(tokens: list[int]) -> int | None:
+        if END not in tokenizer.decode(tokens):
+            return None
+        return next(count for count in range(1, len(tokens) + 1) if END in tokenizer.decode(tokens[:count]))
+
+    made = generate_many(model, prompts, max_new_tokens=max_new_tokens, batch=batch, stop=ended, track=track)
+    return [(extract_summary(tokenizer.decode(tokens, skip_special_tokens=True)), len(tokens)) for tokens in made]
 
 
 def _one(model: Any, tokenizer: Any, prompt: list[int], max_new_tokens: int) -> Summary:
