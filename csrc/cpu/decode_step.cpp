@@ -3,6 +3,9 @@
 //
 // With one sequence every thread computes a norm and packs a product's input for itself, into memory of its own: that costs
 // less than waiting for another thread to do it. With more the sequences are shared out, with a barrier behind.
+//
+// Each product's rows, and the heads of attention, are cut into a run of pieces per thread. A thread that is done with its own
+// run takes pieces of the others', so that one that loses its core for a while, or has a slower one, holds nobody up for long.
 
 #include "sparse_engine_decode.h"
 
@@ -11,6 +14,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <atomic>
 #include <new>
 
 #include "decode_kernels.h"
@@ -37,6 +41,10 @@ using LinearSpec = sparse_engine_decode_linear;
 using NormSpec = sparse_engine_decode_norm;
 
 constexpr int64_t kMaxLayers = 1 << 16;
+// Pieces of a thread's run: at most so many, and none below this many bytes of weights.
+constexpr int64_t kMostPieces = 8;
+constexpr int64_t kPieceBytes = 256 << 10;
+constexpr int64_t kPhasesPerLayer = 7, kOtherPhases = 3;
 
 size_t aligned(size_t bytes) { return (bytes + size_t(kAlignment) - 1) / size_t(kAlignment) * size_t(kAlignment); }
 
@@ -80,6 +88,7 @@ struct sparse_engine_decoder {
   int64_t ffn, head_dim, max_batch, max_slots;
   int threads;
   Barrier barrier;
+  std::atomic<int32_t>* taken; // (phases, threads): pieces of each run that are given out in this step
 
   Layer* layers = nullptr;
   Product *project_in = nullptr, *project_out = nullptr, *head = nullptr;
@@ -95,6 +104,8 @@ struct sparse_engine_decoder {
   sparse_engine_decoder(const KernelSet& set, const sparse_engine_decode_model& model, int64_t max_batch, int64_t max_slots, int threads)
       : set(set), kernels(decode_kernels(set)), model(model), ffn(model.layer[0].fc1.rows), head_dim(model.hidden / model.heads),
         max_batch(max_batch), max_slots(max_slots), threads(threads) {}
+
+  int64_t counters() const { return (model.layers * kPhasesPerLayer + kOtherPhases) * threads; }
 
   ~sparse_engine_decoder() {
     free(memory);
@@ -137,7 +148,8 @@ struct sparse_engine_decoder {
     own_scores = own_packed + packed_bytes;
     own_scratch = own_scores + aligned(size_t(max_slots) * 4);
     own_bytes = own_scratch + scratch_bytes;
-    size_t total = fixed + 6 * wide + inner_bytes + narrow_bytes + packed_bytes + size_t(threads) * own_bytes;
+    size_t counter_bytes = aligned(size_t(counters()) * sizeof *taken);
+    size_t total = fixed + counter_bytes + 6 * wide + inner_bytes + narrow_bytes + packed_bytes + size_t(threads) * own_bytes;
     memory = static_cast<uint8_t*>(aligned_alloc(size_t(kAlignment), total));
     if (!memory) return false;
     uint8_t* next = memory;
@@ -150,6 +162,7 @@ struct sparse_engine_decoder {
       product = new (take(sizeof(Product))) Product{Linear(set, weight_of(spec)), spec.bias};
       product->linear.place_tail(take(product->linear.tail_bytes()));
     });
+    taken = new (take(counter_bytes)) std::atomic<int32_t>[size_t(counters())];
     for (float** buffer : {&stream, &normed, &q, &k, &v, &attended})
       *buffer = reinterpret_cast<float*>(take(wide));
     inner = reinterpret_cast<float*>(take(inner_bytes));
@@ -227,10 +240,11 @@ private:
     wait();
     if (!first) state_ = norm(layer.attention_norm);
     input = first ? norm(layer.ffn_norm) : state_;
-    Range rows = multiply(*layer.fc1, pack(*layer.fc1, input), d_.inner);
-    for (int64_t b = 0; b < batch_; ++b)
-      for (int64_t i = rows.begin; i < rows.end; ++i)
-        d_.inner[b * d_.ffn + i] = std::max(d_.inner[b * d_.ffn + i], 0.0f);
+    multiply(*layer.fc1, pack(*layer.fc1, input), d_.inner, [&](Range rows) {
+      for (int64_t b = 0; b < batch_; ++b)
+        for (int64_t i = b * d_.ffn + rows.begin; i < b * d_.ffn + rows.end; ++i)
+          d_.inner[i] = std::max(d_.inner[i], 0.0f);
+    });
     wait();
     multiply_onto_stream(*layer.fc2, pack(*layer.fc2, d_.inner));
     wait();
@@ -280,21 +294,43 @@ private:
     return pack(product, input);
   }
 
-  // This thread's rows of a product to y (batch, rows); the range of those rows.
-  Range multiply(const Product& product, const void* packed, float* y) {
-    int64_t rows = product.linear.weight().rows;
-    Range mine = share(rows, product.linear.granule(batch_), thread_, threads_);
-    Output output{SPARSE_ENGINE_FP32, y, rows, product.bias, SPARSE_ENGINE_FP32};
-    product.linear.rows(packed, batch_, mine.begin, mine.end, output, own_ + d_.own_scratch);
-    return mine;
+  // Calls work(range) for pieces of 0 .. count - 1, of which all threads together do each once. They all come here in the same order.
+  template <class Work>
+  void divide(int64_t count, int64_t granule, int64_t bytes, Work work) {
+    std::atomic<int32_t>* taken = d_.taken + phase_++ * d_.threads;
+    int64_t pieces = std::clamp<int64_t>(bytes / threads_ / kPieceBytes, 1, kMostPieces);
+    for (int i = 0; i < threads_; ++i) {
+      int owner = (thread_ + i) % threads_;
+      Range run = share(count, granule, owner, threads_);
+      for (int64_t piece; (piece = taken[owner].fetch_add(1, std::memory_order_relaxed)) < pieces;) {
+        Range part = share(run.end - run.begin, granule, piece, pieces);
+        if (part.begin < part.end) work(Range{run.begin + part.begin, run.begin + part.end});
+      }
+    }
   }
 
-  // stream = state + product, in this thread's rows. The queries are over by then and lend their memory.
+  // A product to y (batch, rows), and then after(rows) for each range of rows that this thread has done.
+  template <class After>
+  void multiply(const Product& product, const void* packed, float* y, After after) {
+    const Weight& w = product.linear.weight();
+    Output output{SPARSE_ENGINE_FP32, y, w.rows, product.bias, SPARSE_ENGINE_FP32};
+    divide(w.rows, product.linear.granule(batch_), w.bytes(), [&](Range rows) {
+      product.linear.rows(packed, batch_, rows.begin, rows.end, output, own_ + d_.own_scratch);
+      after(rows);
+    });
+  }
+
+  void multiply(const Product& product, const void* packed, float* y) {
+    multiply(product, packed, y, [](Range) {});
+  }
+
+  // stream = state + product. The queries are over by then and lend their memory.
   void multiply_onto_stream(const Product& product, const void* packed) {
-    Range rows = multiply(product, packed, d_.q);
-    for (int64_t b = 0; b < batch_; ++b)
-      for (int64_t i = b * hidden() + rows.begin; i < b * hidden() + rows.end; ++i)
-        d_.stream[i] = state_[i] + d_.q[i];
+    multiply(product, packed, d_.q, [&](Range rows) {
+      for (int64_t b = 0; b < batch_; ++b)
+        for (int64_t i = b * hidden() + rows.begin; i < b * hidden() + rows.end; ++i)
+          d_.stream[i] = state_[i] + d_.q[i];
+    });
   }
 
   void attend(int64_t index) {
@@ -302,8 +338,7 @@ private:
     int32_t dtype = d_.model.cache_dtype;
     int64_t row_bytes = dim * element_bytes(dtype);
     float scale = 1.0f / sqrtf(float(dim));
-    Range mine = share(batch_ * heads, 1, thread_, threads_);
-    for (int64_t i = mine.begin; i < mine.end; ++i) {
+    auto one = [&](int64_t i) {
       int64_t b = i / heads, start = starts_[b], length = lengths_[b];
       int64_t first = (index * batch_ * heads + i) * slots_;
       uint8_t *keys = keys_ + (first + start) * row_bytes, *values = values_ + (first + start) * row_bytes;
@@ -311,7 +346,11 @@ private:
       d_.kernels.narrow[dtype](d_.v + i * dim, dim, values + (length - start) * row_bytes);
       d_.kernels.attend[dtype](d_.q + i * dim, keys, values, length - start + 1, dim, scale, reinterpret_cast<float*>(own_ + d_.own_scores),
                                d_.attended + i * dim);
-    }
+    };
+    divide(batch_ * heads, 1, kMostPieces * kPieceBytes * threads_, [&](Range range) {
+      for (int64_t i = range.begin; i < range.end; ++i)
+        one(i);
+    });
   }
 
   sparse_engine_decoder& d_;
@@ -322,6 +361,7 @@ private:
   float* logits_;
   int thread_, threads_;
   uint8_t* own_;
+  int64_t phase_ = 0;
   const float* state_; // what a layer's products are added to
 };
 
@@ -375,6 +415,8 @@ int32_t sparse_engine_decode_step(sparse_engine_decoder* decoder, int64_t batch,
     if (tokens[b] < 0 || tokens[b] >= m.vocabulary || starts[b] < 0 || lengths[b] < starts[b] || lengths[b] >= slots ||
         lengths[b] - starts[b] + m.position_offset >= m.positions)
       return SPARSE_ENGINE_BAD_ARGUMENT;
+  for (int64_t i = 0; i < decoder->counters(); ++i)
+    decoder->taken[i].store(0, std::memory_order_relaxed);
   in_parallel(decoder->threads, [&](int thread, int threads) {
     Step(*decoder, batch, tokens, starts, lengths, keys, values, slots, logits, thread, threads).run();
   });
