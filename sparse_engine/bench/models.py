@@ -12,6 +12,7 @@ from sparse_engine.bench.shapes import HIDDEN, PATTERNS, random_packed
 from sparse_engine.hf import EngineOPTForCausalLM
 from sparse_engine.linear import SparseLinear
 from sparse_engine.pattern import SparsityPattern
+from sparse_engine.value_types import PLAIN
 
 __all__ = ["DEPTH", "opt_config", "random_model"]
 
@@ -39,8 +40,8 @@ def opt_config(model: str) -> OPTConfig:
 
 
 @torch.no_grad()
-def random_model(model: str, pattern: str, dtype: torch.dtype, device: torch.device | str) -> Any:
-    """An OPT with normal weights whose decoder linears follow ``pattern``: "dense" or a key of ``PATTERNS``."""
+def random_model(model: str, pattern: str, dtype: torch.dtype, device: torch.device | str, *, value_type: str = PLAIN) -> Any:
+    """An OPT with normal weights whose decoder linears follow ``pattern``: "dense" or a key of ``PATTERNS``, of values of a type."""
     config = opt_config(model)
     with torch.device("meta"):
         made: Any = EngineOPTForCausalLM(config)
@@ -48,7 +49,8 @@ def random_model(model: str, pattern: str, dtype: torch.dtype, device: torch.dev
     linears = {name: module for name, module in made.named_modules() if isinstance(module, nn.Linear) and ".layers." in name}
     if pattern != "dense":
         for name, linear in linears.items():
-            packed = random_packed((linear.out_features, linear.in_features), SparsityPattern.parse(PATTERNS[pattern]), dtype, str(device))
+            shape = (linear.out_features, linear.in_features)
+            packed = random_packed(shape, SparsityPattern.parse(PATTERNS[pattern]), dtype, str(device), value_type=value_type)
             bias = torch.randn(linear.out_features, dtype=dtype, device=device) * _SPREAD
             layer = SparseLinear.from_packed(packed, bias)
             layer.plan()

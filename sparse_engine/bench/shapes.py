@@ -8,6 +8,7 @@ from sparse_engine import formats
 from sparse_engine.formats.base import PackedWeight
 from sparse_engine.mask import Mask
 from sparse_engine.pattern import SparsityPattern
+from sparse_engine.value_types import PLAIN
 
 HIDDEN = {
     "opt-125m": 768,
@@ -31,7 +32,9 @@ def shape_of(model: str, layer: str) -> tuple[int, int]:
     return HIDDEN[model] * out, HIDDEN[model] * inner
 
 
-def random_packed(shape: tuple[int, int], pattern: SparsityPattern, dtype: torch.dtype, device: str = "cpu") -> PackedWeight:
+def random_packed(
+    shape: tuple[int, int], pattern: SparsityPattern, dtype: torch.dtype, device: str = "cpu", *, value_type: str = PLAIN
+) -> PackedWeight:
     """A packed (out_features, in_features) weight of normal values, its kept places drawn at random."""
     weight = torch.randn(shape, device=device) * 0.02
     if pattern.is_nm:
@@ -40,4 +43,4 @@ def random_packed(shape: tuple[int, int], pattern: SparsityPattern, dtype: torch
         keep = torch.zeros(order.shape, dtype=torch.bool, device=device).scatter_(2, order[..., :n], True).view(shape)
     else:
         keep = torch.rand(shape, device=device) < pattern.density
-    return formats.for_pattern(pattern).pack(weight.to(dtype), Mask(pattern, keep))
+    return formats.for_pattern(pattern).pack(weight.to(dtype), Mask(pattern, keep), value_type=value_type)

@@ -1,0 +1,139 @@
+"""Whole-model generation on a processor: transformers eager in both its types against the engine, dense, packed and quantised.
+
+    python bench/generate_cpu.py --models opt-125m --prompt 512 --new 33
+
+Random weights at the real shapes, greedy, every row of the same prompt length, no token ends a row. ``prefill_ms`` is the time to the
+first token, ``ms_per_token`` that of each further one; medians over rounds in which every model of the list has its turn, since other
+work on a shared machine comes and goes. ``peak_bytes`` is what a generation takes beside the model. int8 and int4 rows multiply by an
+int8 copy of the output head. A row's ``floor_ms`` is the time of reading its weights, head and keys and values once at the bandwidth
+that a plain read of memory had in the same rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from sparse_engine import native
+from sparse_engine.bench.environment import device_name, environment, write_json
+from sparse_engine.bench.models import random_model
+from sparse_engine.engine.generation import VARIABLE
+from sparse_engine.evaluate.resources import MemoryMeter
+from sparse_engine.linear import SparseLinear
+
+CASES = (
+    "hf-eager/dense/bf16",
+    "hf-eager/dense/fp32",
+    "sparse-engine/dense/bf16",
+    "sparse-engine/2:4/bf16",
+    "sparse-engine/4:8/bf16",
+    "sparse-engine/unstructured/bf16",
+    "sparse-engine/2:4/int8",
+    "sparse-engine/2:4/int4",
+)
+_READ_BYTES = 256 << 20
+
+
+@dataclass
+class Case:
+    engine: str
+    pattern: str
+    values: str
+    model: Any
+    first: list[float] = field(default_factory=list)
+    total: list[float] = field(default_factory=list)
+    peak: int | None = None
+
+    @classmethod
+    def make(cls, name: str, case: str) -> Case:
+        engine, pattern, values = case.split("/")
+        quantised = values in ("int8", "int4")
+        dtype = torch.float32 if values == "fp32" else torch.bfloat16
+        model = random_model(name, pattern, dtype, "cpu", value_type=values if quantised else "plain")
+        if quantised:
+            model.config.head_values = "int8"
+        return cls(engine, pattern, values, model)
+
+    def generate(self, ids: torch.Tensor, tokens: int) -> float:
+        """Seconds of one generation."""
+        os.environ[VARIABLE] = "engine" if self.engine == "sparse-engine" else "transformers"
+        config = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=1)
+        started = time.perf_counter()
+        output = self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        seconds = time.perf_counter() - started
+        if output.shape != (ids.shape[0], ids.shape[1] + tokens):
+            raise RuntimeError(f"{self.engine} gave {tuple(output.shape)}")
+        return seconds
+
+    def bytes_per_token(self, batch: int, length: float) -> float:
+        """Bytes that one step must read: weights and head once, and the keys and values of ``length`` tokens per row."""
+        decoder = self.model.model.decoder
+        linears = sum(m.nbytes for m in self.model.modules() if isinstance(m, SparseLinear))
+        linears += sum(m.weight.nbytes for m in decoder.modules() if type(m) is torch.nn.Linear)
+        head = self.model.lm_head.weight
+        stored = head.numel() if self.values in ("int8", "int4") else head.nbytes
+        cache = 2 * len(decoder.layers) * self.model.config.hidden_size * head.element_size() * length * batch
+        return float(linears + stored + cache)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="opt-125m")
+    parser.add_argument("--cases", default=",".join(CASES), help="engine/pattern/values, comma-separated")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--new", type=int, default=33)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--name", default="generate.json")
+    settings = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    file = (settings.out or Path("bench/results") / device_name()) / settings.name
+    for name in settings.models.split(","):
+        rows += measure(name, settings)
+        write_json(file, {"environment": environment(), "rows": rows})
+
+
+def measure(name: str, settings: argparse.Namespace) -> list[dict[str, Any]]:
+    ids = torch.randint(10, 50000, (settings.batch, settings.prompt), generator=torch.Generator().manual_seed(0))
+    cases = [Case.make(name, case) for case in settings.cases.split(",")]
+    memory = torch.ones(_READ_BYTES, dtype=torch.uint8)
+    native.advise_huge_pages(memory)
+    bandwidths = []
+    for case in cases:
+        case.generate(ids, 2)
+        meter = MemoryMeter(torch.device("cpu"))
+        case.generate(ids, settings.new)
+        case.peak = meter.peak()["peak_host_nbytes"]
+    for _ in range(settings.rounds):
+        started = time.perf_counter()
+        native.read(memory, torch.get_num_threads())
+        bandwidths.append(_READ_BYTES / (time.perf_counter() - started))
+        for case in cases:
+            case.first.append(case.generate(ids, 1))
+            case.total.append(case.generate(ids, settings.new))
+    bandwidth = statistics.median(bandwidths)
+    rows = []
+    for case in cases:
+        first, total = statistics.median(case.first), statistics.median(case.total)
+        read = case.bytes_per_token(settings.batch, settings.prompt + settings.new / 2)
+        row: dict[str, Any] = {"model": name, "batch": settings.batch, "prompt_tokens": settings.prompt, "new_tokens": settings.new}
+        row |= {"engine": case.engine, "pattern": case.pattern, "values": case.values, "prefill_ms": 1e3 * first}
+        row |= {"ms_per_token": 1e3 * (total - first) / (settings.new - 1), "tokens_per_s": settings.batch * settings.new / total}
+        row |= {"total_s": total, "peak_bytes": case.peak, "floor_ms": 1e3 * read / bandwidth, "read_bytes_per_s": bandwidth}
+        sys.stderr.write(f"{row}\n")
+        rows.append(row)
+    return rows
+
+
+if __name__ == "__main__":
+    main()
