@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from torch import Tensor
 from transformers import OPTForCausalLM
 
 from sparse_engine import SparseOPTForCausalLM, native
+from sparse_engine.convert import convert
 from sparse_engine.engine import native_step
 from sparse_engine.engine.cpu import int8_head
 from sparse_engine.engine.native_step import Decoder, Description
 from sparse_engine.engine.runner import runner_for
-from sparse_engine.errors import InputError
+from sparse_engine.errors import CheckpointError, InputError
 
 pytestmark = pytest.mark.skipif(native_step.available() is not None, reason="needs the native library with the decode step")
 
@@ -164,6 +166,51 @@ def test_the_head_of_the_configuration_is_used_by_generate(tiny_opt: Path, monke
     with torch.inference_mode():
         best = model(ids).logits[0, -1].topk(4).indices.tolist()
     assert int(model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1]) in best
+
+
+def test_convert_records_the_head_and_only_in_packed_checkpoints(tiny_opt: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    made = cli("convert", tiny_opt, "--nm", "2:4", "--values", "int8", "--lm-head", "int8", "--out", tmp_path / "out")
+    assert made.code == 0
+    model = SparseOPTForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.head_values == "int8"
+    assert not hasattr(model.to_dense().config, "head_values")
+    model.save_pretrained(tmp_path / "saved")
+    assert SparseOPTForCausalLM.from_pretrained(tmp_path / "saved").config.head_values == "int8"
+    assert convert(tmp_path / "out", tmp_path / "again", dtype=torch.bfloat16).out
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["head_values"] == "int8"
+    convert(tmp_path / "out", tmp_path / "dense", output="dense")
+    assert "head_values" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    for options in (["--lm-head", "int4"], ["--lm-head", "int8", "--format", "dense"]):
+        refused = cli("convert", tiny_opt, "--nm", "2:4", *options, "--out", tmp_path / "no")
+        assert refused.code == 2
+        assert "the output head can be int8 in a packed checkpoint" in refused.err
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config | {"head_values": "int2"}))
+    with pytest.raises(CheckpointError, match="head_values is 'int2'"):
+        SparseOPTForCausalLM.from_pretrained(tmp_path / "out")
+    model.config.head_values = "int2"
+    with pytest.raises(InputError, match="head_values is 'int2'"):
+        model.generate(torch.arange(5, 9)[None], max_new_tokens=1)
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_a_quantised_model_generates_what_its_logits_favour(
+    tiny_opt: Path, values: str, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of unequal length through the engine's prefill and step: the exact model finds hardly a better token than each."""
+    monkeypatch.setenv("SPARSE_ENGINE_GENERATE", "engine")
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load(tiny_opt, {"nm": "2:4", "values": values}, dtype)
+        ids = torch.randint(4, 300, (3, 12), generator=torch.Generator().manual_seed(5))
+        mask = (torch.arange(12) >= torch.tensor([0, 4, 9])[:, None]).long()
+        ids = torch.where(mask == 1, ids, 1)
+        got = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None)
+        assert model.generation_path == "engine (native cpu step)"
+        whole = torch.cat([mask, torch.ones(3, 8, dtype=torch.int64)], 1)
+        with torch.inference_mode():
+            logits = exact(model)(got, attention_mask=whole).logits[:, 11:-1]
+        ahead = logits.amax(-1) - logits.gather(2, got[:, 12:, None])[..., 0]
+        assert float(ahead.max()) < 0.1 * float(logits.std())
 
 
 def test_what_a_step_cannot_do_is_said_and_nothing_is_written(tiny_opt: Path) -> None:

@@ -72,6 +72,9 @@ def convert(
         str | None,
         typer.Option("--values", metavar="TYPE", help="Quantise the kept weights: int8 or int4; default: keep their type."),
     ] = None,
+    lm_head: Annotated[
+        str | None, typer.Option("--lm-head", metavar="TYPE", help="int8: decode on a processor with an int8 copy of the output head.")
+    ] = None,
     form: Annotated[
         str, typer.Option("--format", metavar="FORM", help="packed, dense (masked, for any tool) or compressed-tensors.")
     ] = "packed",
@@ -81,7 +84,7 @@ def convert(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from an interrupted run with the same settings.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing --out.")] = False,
 ) -> None:
-    """Prune a checkpoint and write it packed. A checkpoint packed already is re-written as --format, --dtype and --values say."""
+    """Prune a checkpoint and write it packed. A packed one is re-written as --format, --dtype, --values and --lm-head say."""
     pattern = _pattern(nm, sparsity)
     stored, place = parse_dtype(dtype), parse_device(device)
 
@@ -100,7 +103,9 @@ def convert(
     checkpoint = Checkpoint(path)
     needs_text = chosen.needs is not Needs.NOTHING
     if checkpoint.packed_layers and any(value is not None for value in (pattern, pruner, calibration)):
-        raise InputError(f"{ckpt} is packed already: only --format, --dtype and --values apply; prune the dense checkpoint it came from")
+        raise InputError(
+            f"{ckpt} is packed already: only --format, --dtype, --values and --lm-head apply; prune the dense one it came from"
+        )
     if not checkpoint.packed_layers and pattern is None:
         raise InputError(f"{ckpt} is dense: give a pattern, --nm 2:4 or --sparsity 0.5")
     if calibration and not needs_text:
@@ -129,6 +134,7 @@ def convert(
         device=place,
         dtype=stored,
         values=values,
+        head=lm_head,
         output=form,
         resume=resume,
         overwrite=overwrite,

@@ -19,6 +19,7 @@ from sparse_engine import formats, pruners, value_types
 from sparse_engine.checkpoint import Checkpoint, LayerSpec, resolve, storage
 from sparse_engine.checkpoint.reader import MANIFEST
 from sparse_engine.checkpoint.storage.base import Storage
+from sparse_engine.checkpoint.storage.packed import PackedStorage
 from sparse_engine.checkpoint.writer import ShardWriter, copy_side_files, publish, write_json
 from sparse_engine.convert.job import Job, checksum, manifest_entry
 from sparse_engine.convert.sequential import prune_layers
@@ -59,6 +60,7 @@ def convert(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     values: str | None = None,
+    head: str | None = None,
     output: str = "packed",
     resume: bool = False,
     overwrite: bool = False,
@@ -79,6 +81,7 @@ def convert(
         device: where one layer at a time is computed.
         dtype: type of all stored floating-point weights; None keeps the checkpoint's.
         values: "int8" or "int4" quantises the kept weights; None keeps how they are stored.
+        head: "int8" asks the decode step for an int8 copy of the output head (``SparseOPTConfig.head_values``); packed output only.
         output: "packed", "dense" or "compressed-tensors".
         resume: go on from an interrupted run with the same settings; the result is the same to the bit.
         overwrite: replace an existing ``out``.
@@ -105,6 +108,7 @@ def convert(
         torch.device(device),
         dtype,
         None if values is None else value_types.quantised(values).name,
+        head,
         storage.get(output),
         dict(provenance or {}),
         max_shard_bytes,
@@ -160,6 +164,7 @@ class _Conversion:
     device: torch.device
     dtype: torch.dtype | None
     values: str | None
+    head: str | None
     target: Storage
     provenance: dict[str, Any]
     max_shard_bytes: int
@@ -172,6 +177,8 @@ class _Conversion:
         held = sorted({layer.value_type for layer in checkpoint.packed_layers.values()} - {PLAIN})
         if held and self.values is not None:
             raise InputError(f"{checkpoint.path} holds {' and '.join(held)} values already; quantise the checkpoint that it came from")
+        if self.head is not None and (self.head != "int8" or self.target.quant_method != PackedStorage.quant_method):
+            raise InputError(f"the output head can be int8 in a packed checkpoint, got {self.head!r} for {self.target.name}")
         for value_type in (*held, self.values or PLAIN):
             if reason := self.target.refuses(value_type):
                 raise InputError(reason)
@@ -216,6 +223,7 @@ class _Conversion:
             "calibration": text.hexdigest(),
             "dtype": str(self.dtype),
             "values": self.values,
+            "head": self.head,
             "version": sparse_engine.__version__,
         }
 
@@ -268,7 +276,10 @@ class _Conversion:
         dense = family.dense_config(config)
         if dtype is not None:
             dense["dtype"] = str(dtype).removeprefix("torch.")
-        write_json(job.result / "config.json", self.target.config(dense, layers))
+        written = self.target.config(dense, layers)
+        if self.target.quant_method == PackedStorage.quant_method and (head := self.head or config.get("head_values")):
+            written["head_values"] = head
+        write_json(job.result / "config.json", written)
         copy_side_files(checkpoint.path, job.result)
         made: dict[str, Any] = {"pruner": self.pruner, "pattern": str(self.pattern)} | self.provenance
         if self.pattern is None:

@@ -10,18 +10,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_engine import native, value_types
+from sparse_engine.engine import native_step
 from sparse_engine.engine.kernels.embed import POSITION_OFFSET
 from sparse_engine.engine.native_step import Decoder, Description
 from sparse_engine.engine.runner import Cache, Runner
+from sparse_engine.errors import InputError
 from sparse_engine.linear import SparseLinear
 
-__all__ = ["CpuRunner"]
+__all__ = ["CpuRunner", "int8_head", "objection"]
 
 _TILE_BYTES = 8 << 20
 """Most bytes of a weight that are expanded at a time."""
 
 _CHUNK_TOKENS = 4096
 """Prompt tokens that pass at a time, which bounds the memory of the activations; a longer prompt passes alone."""
+
+
+def objection(model: Any) -> str | None:
+    """Why the native step must not run ``model``, which lies on the CPU, as a phrase that can follow "it", or None when it may."""
+    if reason := native_step.available():
+        return f"lies on a processor without the native decode step: {reason}"
+    forced = {module.backend for module in model.modules() if isinstance(module, SparseLinear)} - {None, "cpu"}
+    return f"has layers that are to run on backend {min(map(str, forced))}" if forced else None
 
 
 class CpuRunner(Runner):
@@ -31,7 +41,10 @@ class CpuRunner(Runner):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
-        head = int8_head(model.lm_head.weight) if getattr(model.config, "head_values", None) == "int8" else None
+        wanted = getattr(model.config, "head_values", None)
+        if wanted not in (None, "int8"):
+            raise InputError(f"head_values is {wanted!r} in the model's config: it is int8 or None")
+        head = int8_head(model.lm_head.weight) if wanted else None
         self._description = Description(model, head=head)
         self._prompt = _Prompt(model, head)
         self._decoder: Decoder | None = None

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_engine.engine import native_step
 from sparse_engine.engine.choice import Choice
 from sparse_engine.engine.kernels import DecodeState, Embedding, attention_decode, embed, layer_norm
 from sparse_engine.engine.kernels.embed import POSITION_OFFSET
@@ -233,13 +232,19 @@ def runner_for(model: Any, *, forced: bool = False) -> Runner | str:
         return reason
     _RUNNERS.pop(model, None)
     device = next(model.parameters()).device.type
+    kind: type[Runner] = Runner
     if device == "cuda":
-        from sparse_engine.engine.cuda import CudaRunner as Kind
-    elif device == "cpu" and native_step.available() is None:
-        from sparse_engine.engine.cpu import CpuRunner as Kind  # type: ignore[assignment]
-    elif forced:
-        Kind = Runner  # type: ignore[assignment,misc]
-    else:
+        from sparse_engine.engine.cuda import CudaRunner
+
+        kind = CudaRunner
+    elif device == "cpu":
+        from sparse_engine.engine.cpu import CpuRunner, objection
+
+        reason = objection(model)
+        if reason is not None and not forced:
+            return reason
+        kind = CpuRunner if reason is None else Runner
+    elif not forced:
         return f"lies on {device}, where transformers' loop is as fast"
-    _RUNNERS[model] = runner = Kind(model)
+    _RUNNERS[model] = runner = kind(model)
     return runner

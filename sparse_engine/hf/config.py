@@ -8,6 +8,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.opt.configuration_opt import OPTConfig
 
+from sparse_engine.errors import CheckpointError
+
 __all__ = ["SparseOPTConfig"]
 
 
@@ -22,13 +24,16 @@ class SparseOPTConfig(OPTConfig):  # type: ignore[no-untyped-call]
     model_type = "sparse_opt"
 
     head_values: str | None = None
-    """ "int8" lets the decode step on a processor multiply by an int8 copy of the output head (one scale per token of the vocabulary)."""
+    """ "int8": the decode step on a processor multiplies by an int8 copy of the output head, with a scale for each token of the vocabulary.
+    All else, and the checkpoint, has the head as it is."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         # Every loader makes a config before it looks for a model or a quantiser, so this is early enough to register both,
         # and `import sparse_engine` is spared the import of the modeling code.
         import sparse_engine.hf.modeling_opt  # noqa: F401 - registers at import
 
+        if self.head_values not in (None, "int8"):
+            raise CheckpointError(f"head_values is {self.head_values!r} in the model's config: it is int8 or null")
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
 

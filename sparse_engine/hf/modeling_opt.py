@@ -28,6 +28,9 @@ from sparse_engine.value_types import PLAIN
 __all__ = ["EngineOPTForCausalLM", "SparseOPTForCausalLM"]
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+_PACKED_FIELDS = ("quantization_config", "model_type", "head_values")
+"""What a packed model's config has of its own."""
+
 _LOADING_OPTIONS = ("dtype", "torch_dtype", "attn_implementation", "_from_auto", "_from_pipeline")
 """Arguments of the loader that a config would swallow as its own fields."""
 
@@ -157,7 +160,7 @@ class SparseOPTForCausalLM(EngineGeneration, OPTForCausalLM):  # type: ignore[no
 
     def to_dense(self) -> OPTForCausalLM:
         """A plain ``OPTForCausalLM`` with the masked dense weights, which any tool can save, load and train."""
-        settings = {key: value for key, value in self.config.to_dict().items() if key not in ("quantization_config", "model_type")}
+        settings = {key: value for key, value in self.config.to_dict().items() if key not in _PACKED_FIELDS}
         with torch.device("meta"):
             dense = OPTForCausalLM(OPTConfig(**settings))
         state: dict[str, Tensor] = self.state_dict()

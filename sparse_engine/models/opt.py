@@ -61,7 +61,7 @@ class OPTFamily(ModelFamily):
         return int(config["max_position_embeddings"])
 
     def dense_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        kept = {key: value for key, value in config.items() if key != "quantization_config"}
+        kept = {key: value for key, value in config.items() if key not in ("quantization_config", "head_values")}
         return kept | {"model_type": "opt", "architectures": ["OPTForCausalLM"]}
 
     def embed(self, config: Mapping[str, Any], tensor: Callable[[str], Tensor], *, dtype: torch.dtype, device: torch.device) -> nn.Module:
