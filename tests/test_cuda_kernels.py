@@ -60,9 +60,7 @@ def op_call(
         op = torch.ops.sparse_engine.cuda_nm_linear.default
         return op, (x, layout["weight"], bias, residual, *packed.shape, packed.pattern.group[1], relu)
     op = torch.ops.sparse_engine.cuda_unstructured_linear.default
-    depth = layout["extent"].shape[2]
-    tensors = [layout[name] for name in ("weight", "masks", "offsets", "counts")]
-    return op, (x, *tensors, bias, residual, *packed.shape, depth, relu)
+    return op, (x, layout["weight"], layout["offsets"], bias, residual, *layout["extent"].shape[:4], relu)
 
 
 @pytest.mark.parametrize(("pattern", "shape"), CASES)
@@ -87,15 +85,50 @@ def test_fragments_hold_every_byte_of_an_unpadded_weight_once() -> None:
 
 def test_words_of_an_octet_are_filled_from_the_front() -> None:
     for byte in range(256):
-        places = cuda_unstructured.octet_places(byte)
-        taken = [place for place in places if place >= 0]
-        assert [place >= 0 for place in places] == [bool(byte >> column & 1) for column in range(8)]
-        # Every word is used, and of an odd number of values only the last word's second half is free: octet B's single goes there.
-        assert sorted(taken) == list(range(len(taken)))
-        # One word serves a pair, which is all that a lane loads for it.
-        for pair in range(4):
-            if byte >> 2 * pair & 3 == 3:
-                assert places[2 * pair] // 2 == places[2 * pair + 1] // 2
+        for parity in range(2):
+            places, length = cuda_unstructured.octet_places(byte, parity)
+            taken = sorted(place for place in places if place >= 0)
+            assert [place >= 0 for place in places] == [bool(byte >> column & 1) for column in range(8)]
+            # No half-word is skipped, but for the free half that pairs which keep both columns cannot fill.
+            first = parity + length - len(taken)
+            assert taken == list(range(first, first + len(taken)))
+            assert first == parity or (parity == 1 and taken[:1] == [2])
+            # One word serves a pair, which is all that a lane loads for it.
+            for pair in range(4):
+                if byte >> 2 * pair & 3 == 3:
+                    assert places[2 * pair] // 2 == places[2 * pair + 1] // 2
+
+
+@pytest.mark.parametrize(("density", "parts"), [(0.5, 1), (0.5, 2), (0.05, 1), (1.0, 2)])
+def test_a_lane_that_walks_its_streams_meets_its_values(density: float, parts: int) -> None:
+    """What the kernels do with a unit, from its bytes alone."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (32, 512)
+    weight = torch.randn(shape, generator=generator).to(torch.bfloat16) * (torch.rand(shape, generator=generator) < density)
+    packed = formats.for_pattern(SparsityPattern.parse("0.5")).pack(weight, Mask(SparsityPattern.parse("0.5"), weight != 0))
+    words, streams = cuda_unstructured.to_streams(packed.tensors["values"], packed.tensors["bitmask"], shape, parts)
+    block, header, found = words.view(torch.uint8), 512 // parts, torch.zeros_like(weight)
+    for number, (start, end) in enumerate(itertools.pairwise(streams.offsets.tolist())):
+        depth = ((end - start) * 16 - header - 32) // 128
+        assert depth <= streams.depth
+        assert end * 16 <= block.numel()
+        tile, unit = divmod(number, 2 * parts)
+        values = words[start * 8 + (header + 32) // 2 : end * 8].view(depth, 32, 2)
+        columns = block[start * 16 + header : start * 16 + header + 32].tolist()
+        assert sorted(columns) == list(range(32))
+        for lane, stream in itertools.product(range(32), range(2)):
+            column, position = (columns[lane] if stream else lane), 0
+            for step in range(8 // parts):
+                byte = int(block[start * 16 + lane * (16 // parts) + 2 * step + stream])
+                places, length = cuda_unstructured.octet_places(byte, position % 2)
+                for offset, place in enumerate(places):
+                    if place >= 0:
+                        word, half = divmod(position // 2 * 2 + place, 2)
+                        row = tile * 16 + lane // 4 + 8 * stream
+                        value = values[depth - 1 - word, column, 1 - half] if stream else values[word, column, half]
+                        found[row, unit * (256 // parts) + step * 32 + lane % 4 * 8 + offset] = value
+                position += length
+    assert torch.equal(found, weight)
 
 
 def test_sparse_metadata_names_the_kept_positions() -> None:

@@ -1,27 +1,37 @@
-// Barriers in shared memory and the bulk copies that they wait for (sm_90 and newer).
+// Barriers in shared memory and the copies that they wait for: bulk copies on sm_90 and newer, a warp's own copies of 16 bytes before.
 #pragma once
 
 __device__ __forceinline__ void barrier_init(u32 barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-__device__ __forceinline__ void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void barrier_init_fence() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
 
 __device__ __forceinline__ void barrier_arrive(u32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+#if __CUDA_ARCH__ >= 900
+#define BARRIER_TRY "mbarrier.try_wait.parity.shared::cta.b64"
+#else
+#define BARRIER_TRY "mbarrier.test_wait.parity.shared::cta.b64"
+#endif
+
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
   asm volatile("{\n"
                ".reg .pred done;\n"
-               "again:\n"
-               "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+               "again:\n" BARRIER_TRY " done, [%0], %1;\n"
                "@!done bra again;\n"
                "}" ::"r"(barrier),
                "r"(parity)
                : "memory");
 }
 
+#if __CUDA_ARCH__ >= 900
 // Arrives, and announces `bytes` more to come before the barrier opens.
 __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
@@ -33,3 +43,21 @@ __device__ __forceinline__ void bulk_copy(u32 target, const void* source, u32 by
                "l"(source), "r"(bytes), "r"(barrier), "l"(policy)
                : "memory");
 }
+#endif
+
+// A warp copies `count` uint4 from `source` to shared address `target`; `barrier`, made for COPY_ARRIVALS, opens when they have arrived.
+#if __CUDA_ARCH__ >= 900
+#define COPY_ARRIVALS 1
+__device__ __forceinline__ void copy_block(u32 target, const uint4* source, u32 count, u32 barrier, u64 policy) {
+  if ((threadIdx.x & 31) != 0) return;
+  barrier_expect(barrier, count * 16);
+  bulk_copy(target, source, count * 16, barrier, policy);
+}
+#else
+#define COPY_ARRIVALS 32
+__device__ __forceinline__ void copy_block(u32 target, const uint4* source, u32 count, u32 barrier, u64) {
+  for (u32 i = threadIdx.x & 31; i < count; i += 32)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target + i * 16), "l"(source + i) : "memory");
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+#endif

@@ -7,7 +7,7 @@
 //   ROW_TILES    row tiles of 16 held by every warp
 //   WARPS_ROW, WARPS_K   warps of a block along rows and along the columns
 //   PARTS        N:M: warps (1, 2 or 4) that share a unit of 256 columns, divides WARPS_K; unstructured: units are 256 / PARTS columns
-//   STAGES       buffers of x in shared memory
+//   STAGES       buffers of x in shared memory; unstructured: slots of units per warp
 //   MIN_BLOCKS   blocks that must fit one multiprocessor (bounds the registers)
 //
 //   block (bx, s) of grid (row groups, splits), a cluster along the splits:
@@ -46,9 +46,7 @@ typedef unsigned long long u64;
 
 struct Params {
   const uint4* weight; // the kernel's own layout, described beside each kernel
-  const uint4* masks;  // unstructured only, as are offsets, counts and depth: see paired.cuh
-  const u32* offsets;
-  const unsigned char* counts;
+  const u32* offsets;  // unstructured only, as are depth and x_buffers: see paired.cuh
   const u16* x;        // (m, cols), row stride ldx elements, columns contiguous
   const u16* bias;     // (rows,) or null
   const u16* residual; // (m, rows) contiguous or null; added last
@@ -58,7 +56,8 @@ struct Params {
   int relu;     // clamp at 0 after the bias, before the residual
   int x_vector; // x rows are 16-byte aligned and cols is a multiple of 8
   int y_vector; // y, bias and residual are 8-byte aligned and rows is a multiple of 4
-  int depth;    // words of a lane's longest stream of one unit
+  int depth;    // words of the deepest unit
+  int x_buffers; // of decode_unstructured, in shared memory: two, or one for every round of a row group
 };
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -175,11 +174,11 @@ __device__ __forceinline__ void wait_predecessor() {
 // Rows of x held per buffer: the real ones for one n-tile, whose other lanes read zeros; else all, the rest zeroed once.
 __device__ __forceinline__ int staged_rows(int m) { return N_TILES == 1 ? m : 8 * N_TILES; }
 
-__device__ __forceinline__ void clear_padding(unsigned char* smem, const Params& p) {
+__device__ __forceinline__ void clear_padding(unsigned char* smem, const Params& p, int buffers = STAGES) {
   for (int i = threadIdx.x; i < ZERO_BYTES / 16; i += THREADS)
     ((uint4*)smem)[i] = make_uint4(0, 0, 0, 0);
 #if N_TILES > 1
-  for (int s = 0; s < STAGES; ++s) {
+  for (int s = 0; s < buffers; ++s) {
     unsigned char* stage = smem + ZERO_BYTES + (size_t)s * staged_rows(p.m) * X_PITCH;
     int chunks = (8 * N_TILES - p.m) * (X_PITCH / 16);
     for (int i = threadIdx.x; i < chunks; i += THREADS)
@@ -216,6 +215,8 @@ __device__ __forceinline__ void commit_stage() { asm volatile("cp.async.commit_g
 
 // Waits until the oldest of STAGES - 1 outstanding buffers has landed.
 __device__ __forceinline__ void wait_stage() { asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory"); }
+
+__device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 __device__ __forceinline__ void cluster_sync() {
 #if __CUDA_ARCH__ >= 900
@@ -266,12 +267,14 @@ __device__ __forceinline__ void store_four(const Params& p, int n, int row, cons
       p.y[at + i] = from_float(epilogue(p, v[i], p.bias ? p.bias[row + i] : (u16)0, p.residual ? p.residual[at + i] : (u16)0));
 }
 
+// Floats that the sums of all warps take in shared memory.
+__device__ __forceinline__ int sums_floats(const Params& p) { return WARPS_K * staged_rows(p.m) * RED_PITCH; }
+
 // Puts a warp's accumulators where finish_and_store sums them. acc[rt][nt] is an m16n8 fragment.
-__device__ __forceinline__ void collect(unsigned char* smem, const Params& p, float (&acc)[ROW_TILES][N_TILES][4]) {
-  float* red = (float*)smem;
+__device__ __forceinline__ void collect(float* red, const Params& p, float (&acc)[ROW_TILES][N_TILES][4]) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warp_row = warp % WARPS_ROW, warp_k = warp / WARPS_ROW;
   const int group = lane >> 2, quad = lane & 3;
-  const int plane = 8 * N_TILES * RED_PITCH;
+  const int plane = staged_rows(p.m) * RED_PITCH;
 #pragma unroll
   for (int rt = 0; rt < ROW_TILES; ++rt)
 #pragma unroll
@@ -283,18 +286,19 @@ __device__ __forceinline__ void collect(unsigned char* smem, const Params& p, fl
       }
 }
 
-// Sums what the warps have collected over k-warps and cluster blocks and writes y; every thread of the block calls it, after a barrier.
-__device__ __forceinline__ void finish_and_store(unsigned char* smem, const Params& p) {
-  constexpr int PLANE = 8 * N_TILES * RED_PITCH / 4, PITCH = RED_PITCH / 4, FOURS = BLOCK_ROWS / 4;
-  float4* red = (float4*)smem;
-  const int first_row = blockIdx.x * BLOCK_ROWS, splits = gridDim.y, rank = blockIdx.y;
+// Sums what the warps have collected over k-warps and cluster blocks and writes y's rows of block row `group`; every thread of the block
+// calls it, after a barrier.
+__device__ __forceinline__ void finish_and_store(float* sums, const Params& p, int group) {
+  constexpr int PITCH = RED_PITCH / 4, FOURS = BLOCK_ROWS / 4;
+  float4* red = (float4*)sums;
+  const int plane = staged_rows(p.m) * PITCH, first_row = group * BLOCK_ROWS, splits = gridDim.y, rank = blockIdx.y;
   if (splits == 1 || WARPS_K > 1) {
     for (int e = threadIdx.x; e < p.m * FOURS; e += THREADS) {
       const int n = e / FOURS, four = e % FOURS;
       float4 sum = red[n * PITCH + four];
 #pragma unroll
       for (int k = 1; k < WARPS_K; ++k)
-        add(sum, red[k * PLANE + n * PITCH + four]);
+        add(sum, red[k * plane + n * PITCH + four]);
       if (splits == 1)
         store_four(p, n, first_row + four * 4, sum);
       else
@@ -318,7 +322,7 @@ __device__ __forceinline__ void finish_and_store(unsigned char* smem, const Para
 __device__ __forceinline__ void reduce_and_store(unsigned char* smem, const Params& p, float (&acc)[ROW_TILES][N_TILES][4]) {
   asm volatile("cp.async.wait_group 0;" ::: "memory");
   __syncthreads();
-  collect(smem, p, acc);
+  collect((float*)smem, p, acc);
   __syncthreads();
-  finish_and_store(smem, p);
+  finish_and_store((float*)smem, p, blockIdx.x);
 }

@@ -1,80 +1,103 @@
 // y = x · Wᵀ for unstructured weights and few activation rows.
 //
-// W is cut into T = ceil(rows / 16) row tiles by U = ceil(cols / UNIT) units, stored as paired.cuh describes. A warp copies a unit's words
-// to shared memory as [word][lane], so that every lane reads its own stream without bank conflicts whatever its position.
-//   TABLE_COPIES   copies of the expansion table in shared memory, 1 to 16
+// W is cut into T = ceil(rows / 16) row tiles by U = ceil(cols / UNIT) units, stored as paired.cuh describes; every warp fetches its units for
+// itself, one after the other. A block goes through row groups BLOCK_ROWS apart by gridDim.x, so that weights are on their way all the time
+// and the table is filled once; for many activation rows, whose sums take the place of x, it has one group.
+//   STAGES         slots of units per warp
+//   TABLE_COPIES   copies of the expansion table in shared memory, 1 to 8
 #define UNSTRUCTURED 1
 #define X_PAD 64
 #include "decode_common.cuh"
 #include "expand.cuh"
+#include "bulk.cuh"
 #include "paired.cuh"
 
 #if ROW_TILES != 1
 #error "decode_unstructured has one row tile a warp"
 #endif
 #define CHAINS (N_TILES <= 2 ? 2 : 1)
+#define PERSISTENT (N_TILES <= 2)
+
+__device__ __forceinline__ u32 whole_lines(u32 bytes) { return (bytes + 127) & ~127u; }
+
+// The units of one warp, row group after row group.
+struct Sequence {
+  size_t unit;
+  int index, mine, group, begin;
+  bool any;
+
+  __device__ __forceinline__ void enter(const Params& p) {
+    const int warp = threadIdx.x >> 5;
+    // Tiles behind the last row read the last tile again; their sums are not stored.
+    const int tile = min(group * WARPS_ROW + warp % WARPS_ROW, (p.rows + 15) / 16 - 1);
+    unit = (size_t)tile * p.units + begin + warp / WARPS_ROW;
+    index = 0;
+    any = mine > 0 && group * BLOCK_ROWS < p.rows;
+  }
+
+  __device__ __forceinline__ void advance(const Params& p) {
+    unit += WARPS_K;
+    if (++index < mine) return;
+    group += gridDim.x;
+    enter(p);
+  }
+};
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_unstructured(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) unsigned char smem[];
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warp_row = warp % WARPS_ROW, warp_k = warp / WARPS_ROW;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warp_k = warp / WARPS_ROW;
   const int begin = (int)((long long)p.units * blockIdx.y / gridDim.y), end = (int)((long long)p.units * (blockIdx.y + 1) / gridDim.y);
   const int rounds = (end - begin + ROUND_UNITS - 1) / ROUND_UNITS;
-  const int tile = min((int)blockIdx.x * WARPS_ROW + warp_row, (p.rows + 15) / 16 - 1);
+  const int mine = max((end - begin - warp_k + WARPS_K - 1) / WARPS_K, 0); // units of this warp in a row group
+  const bool resident = p.x_buffers >= rounds;
   const u64 policy = weight_policy();
-  // A pair that keeps nothing reads the step's first or last word, which may lie one before or behind the stream.
-  const u32 slot_bytes = (p.depth + 2) * 128;
-  const u32 x_bytes = (ZERO_BYTES + STAGES * staged_rows(p.m) * X_PITCH + 127) & ~127;
-  const u32 table = shared_address(smem) + x_bytes, slots = table + TABLE_BYTES + warp * STAGES * slot_bytes + 128;
+  const u32 stage_bytes = staged_rows(p.m) * X_PITCH;
+  const u32 sums_at = PERSISTENT ? whole_lines(ZERO_BYTES + p.x_buffers * stage_bytes) : 0;
+  const u32 sums_bytes = whole_lines(sums_floats(p) * 4);
+  const u32 table_at = PERSISTENT ? sums_at + 2 * sums_bytes : whole_lines(ZERO_BYTES + p.x_buffers * stage_bytes);
+  const u32 table = shared_address(smem) + table_at, barriers = table + TABLE_BYTES;
 
-  Unit units[STAGES];
-  const size_t first_unit = (size_t)tile * p.units + begin + warp_k;
-  const int mine = (end - begin - warp_k + WARPS_K - 1) / WARPS_K; // units of this warp, may be <= 0
-#pragma unroll
-  for (int s = 0; s < STAGES; ++s)
-    if (s < mine) load_unit(p, first_unit + (size_t)s * WARPS_K, units[s], policy);
-#pragma unroll
-  for (int s = 0; s < STAGES - 1; ++s)
-    if (s < mine) stage_words(p, slots + s * slot_bytes, units[s].words, units[s].offset);
+  Sequence sequence = {0, 0, mine, (int)blockIdx.x, begin, false};
+  sequence.enter(p);
+  Slots slots;
+  slots.init(p, barriers + whole_lines(WARPS * STAGES * 8), barriers, warp);
+  slots.start(p, sequence, policy);
   release_successor();
   fill_table(table);
-  clear_padding(smem, p);
+  clear_padding(smem, p, p.x_buffers);
   wait_predecessor();
-#pragma unroll
-  for (int s = 0; s < STAGES - 1; ++s) {
-    if (s < rounds) stage_x(smem, p, s, (begin + s * ROUND_UNITS) * UNIT);
-    // The first group holds the values of every buffer started above.
-    commit_stage();
+  for (int round = 0; round < (resident ? rounds : 1); ++round)
+    stage_x(smem, p, round, (begin + round * ROUND_UNITS) * UNIT);
+  if (resident) {
+    wait_copies();
+    __syncthreads();
   }
 
   const int x_row = lane >> 2, x_chunk = lane & 3;
   const bool live = N_TILES > 1 || x_row < p.m;
   const u32 x_lane = shared_address(smem) + (live ? ZERO_BYTES + x_row * X_PITCH + warp_k * (UNIT * 2) + x_chunk * 16 : 0);
-  const u32 x_step = live ? 64 : 0, stage_bytes = live ? staged_rows(p.m) * X_PITCH : 0;
+  const u32 x_step = live ? 64 : 0, x_stage = live ? stage_bytes : 0;
   const u32 my_table = table + lane % TABLE_COPIES * 8;
-  float acc[CHAINS][1][N_TILES][4] = {};
 
-  for (int first_round = 0; first_round < rounds; first_round += STAGES) {
-#pragma unroll
-    for (int slot = 0; slot < STAGES; ++slot) {
-      const int round = first_round + slot;
-      if (round >= rounds) break;
-      wait_stage();
-      __syncthreads();
-      const int ahead = round + STAGES - 1;
-      constexpr int LAST = STAGES - 1;
-      const int free_slot = (slot + LAST) % STAGES;
-      if (ahead < rounds) stage_x(smem, p, free_slot, (begin + ahead * ROUND_UNITS) * UNIT);
-      if (ahead < mine) stage_words(p, slots + free_slot * slot_bytes, units[free_slot].words, units[free_slot].offset);
-      commit_stage();
+  u32 turn = 0, buffer = 0;
+  for (int group = blockIdx.x; group * BLOCK_ROWS < p.rows; group += gridDim.x, turn ^= 1) {
+    float acc[CHAINS][1][N_TILES][4] = {};
+    for (int round = 0; round < rounds; ++round) {
+      if (resident) {
+        buffer = round;
+      } else {
+        buffer = round == 0 && group == (int)blockIdx.x ? 0 : buffer ^ 1;
+        wait_copies();
+        __syncthreads();
+        const bool wrap = round + 1 == rounds;
+        if (!wrap || (group + (int)gridDim.x) * BLOCK_ROWS < p.rows)
+          stage_x(smem, p, buffer ^ 1, (begin + (wrap ? 0 : round + 1) * ROUND_UNITS) * UNIT);
+      }
       if (round >= mine) continue;
-      u32 masks[WORDS];
-#pragma unroll
-      for (int i = 0; i < WORDS; ++i)
-        masks[i] = units[slot].masks[i];
-      if (round + STAGES < mine) load_unit(p, first_unit + (size_t)(round + STAGES) * WARPS_K, units[slot], policy);
-      const u32 base = slots + slot * slot_bytes + lane * 4;
-      u32 x_address = x_lane + slot * stage_bytes;
-      for_each_step(masks, base, my_table, [&](int s, const u32(&a)[8]) {
+      Unit unit;
+      slots.open(unit);
+      u32 x_address = x_lane + buffer * x_stage;
+      for_each_step(unit, my_table, [&](int s, const u32(&a)[8]) {
 #pragma unroll
         for (int nt = 0; nt < N_TILES; ++nt) {
           u32 b[4];
@@ -84,14 +107,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_unstruc
         }
         x_address += x_step;
       });
+      slots.close(p, sequence, policy);
     }
+#pragma unroll
+    for (int nt = 0; nt < N_TILES; ++nt)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int chain = 1; chain < CHAINS; ++chain)
+          acc[0][0][nt][i] += acc[chain][0][nt][i];
+    // Of two successive groups each has its own place, so that one barrier serves.
+    float* sums = (float*)(smem + sums_at + turn * sums_bytes);
+    if (!PERSISTENT) __syncthreads();
+    collect(sums, p, acc[0]);
+    __syncthreads();
+    finish_and_store(sums, p, group);
   }
-#pragma unroll
-  for (int nt = 0; nt < N_TILES; ++nt)
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-#pragma unroll
-      for (int chain = 1; chain < CHAINS; ++chain)
-        acc[0][0][nt][i] += acc[chain][0][nt][i];
-  reduce_and_store(smem, p, acc[0]);
 }

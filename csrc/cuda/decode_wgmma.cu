@@ -17,8 +17,8 @@
 #include "paired.cuh"
 #endif
 
-#if WARPS_K != 1 || (UNSTRUCTURED ? STAGES != 2 : PARTS != 1) || ROW_TILES != 1 || WARPS_ROW % 4 != 0
-#error "decode_wgmma takes whole warpgroups along the rows, and two slots of unstructured weights"
+#if WARPS_K != 1 || (!UNSTRUCTURED && PARTS != 1) || ROW_TILES != 1 || WARPS_ROW % 4 != 0
+#error "decode_wgmma takes whole warpgroups along the rows"
 #endif
 
 // Two subtiles at most for unstructured weights: a unit may be no longer, and the slots need the memory.
@@ -72,39 +72,39 @@ __device__ __forceinline__ void multiply(float (&d)[N_TILES][4], const u32 (&a)[
 
 #if UNSTRUCTURED
 
+// The units of one warp, side by side.
+struct Sequence {
+  size_t unit;
+  int left;
+  bool any;
+
+  __device__ __forceinline__ void advance(const Params&) {
+    ++unit;
+    any = --left > 0;
+  }
+};
+
 struct Weights {
-  u32 slots, slot_bytes, table;
-  size_t first;
-  Unit current, next; // of this round and of the one whose words are fetched meanwhile
+  u32 table;
+  Slots slots;
+  Sequence sequence;
 
   __device__ __forceinline__ void start(const Params& p, u32 smem, int warp, int tile, int begin, int rounds, u64 policy) {
-    slot_bytes = (p.depth + 2) * 128;
-    slots = smem + SLOTS_AT + TABLE_BYTES + warp * 2 * slot_bytes + 128;
     table = smem + SLOTS_AT + (threadIdx.x & 31) % TABLE_COPIES * 8;
-    first = (size_t)tile * p.units + begin;
-    if (rounds > 0) load_unit(p, first, current, policy);
-    if (rounds > 1) load_unit(p, first + 1, next, policy);
-    if (rounds > 0) stage_words(p, slots, current.words, current.offset);
-    commit_stage();
+    sequence = {(size_t)tile * p.units + begin, rounds, rounds > 0};
+    slots.init(p, smem + SLOTS_AT + TABLE_BYTES, smem + BARRIERS_AT + 16 * X_STAGES, warp);
+    slots.start(p, sequence, policy);
   }
 
   __device__ __forceinline__ void multiply_all(float (&d)[N_TILES][4], const Params& p, Reader& x, int rounds, u64 policy) {
     for (int round = 0; round < rounds; ++round) {
-      asm volatile("cp.async.wait_group 0;" ::: "memory");
-      __syncwarp();
-      if (round + 1 < rounds) stage_words(p, slots + (~round & 1) * slot_bytes, next.words, next.offset);
-      commit_stage();
-      Unit coming = next;
-      if (round + 2 < rounds) load_unit(p, first + round + 2, coming, policy);
-      const u32 base = slots + (round & 1) * slot_bytes + (threadIdx.x & 31) * 4;
-      for_each_step(current.masks, base, table, [&](int s, const u32(&a)[8]) {
+      Unit unit;
+      slots.open(unit);
+      for_each_step(unit, table, [&](int s, const u32(&a)[8]) {
         multiply(d, a, x.open(s));
         x.close(s);
       });
-      // Products in flight over the loops of stage_words would be serialised by the compiler.
-      wait_products<0>();
-      current = next;
-      next = coming;
+      slots.close(p, sequence, policy);
     }
   }
 };
@@ -229,13 +229,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_wgmma(c
     weights.multiply_all(acc[0], p, x, rounds, policy);
     wait_products<0>();
     wait_predecessor();
-#if UNSTRUCTURED
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
-#endif
     // The buffers become the place of the sums.
     __syncthreads();
-    collect(dynamic, p, acc);
+    collect((float*)dynamic, p, acc);
   }
   __syncthreads();
-  finish_and_store(dynamic, p);
+  finish_and_store((float*)dynamic, p, blockIdx.x);
 }

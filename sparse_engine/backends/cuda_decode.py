@@ -18,6 +18,7 @@ __all__ = [
     "UNIT",
     "Gpu",
     "Source",
+    "StreamSource",
     "Streams",
     "Tile",
     "WarpgroupSource",
@@ -85,12 +86,51 @@ class Source:
         return 32 * tile.warps_row * tile.warps_k
 
     def shared_bytes(self, tile: Tile, m: int, depth: int) -> int:
-        """Shared memory for the buffers of x and for value streams of ``depth`` words, reused by the sums of the warps."""
-        rows = m if tile.n_tiles == 1 else 8 * tile.n_tiles
-        buffers = tile.stages * rows * (tile.warps_k * UNIT * 2 // tile.parts + self.x_pad) + _ZERO_BYTES
-        if depth:
-            buffers = -(-buffers // 128) * 128 + _stream_bytes(tile, depth)
-        return max(buffers, tile.warps_k * 8 * tile.n_tiles * (tile.block_rows + 4) * 4)
+        """Shared memory of a block: buffers of x, which the sums of the warps reuse."""
+        return max(tile.stages * self._buffer_bytes(tile, m) + _ZERO_BYTES, self._sums_bytes(tile, m))
+
+    def _buffer_bytes(self, tile: Tile, m: int) -> int:
+        return _staged_rows(tile, m) * (tile.warps_k * UNIT * 2 // tile.parts + self.x_pad)
+
+    def _sums_bytes(self, tile: Tile, m: int) -> int:
+        return tile.warps_k * _staged_rows(tile, m) * (tile.block_rows + 4) * 4
+
+    def grid(self, tile: Tile, rows: int, shared: int, here: Gpu) -> tuple[int, int]:
+        """Blocks along the rows, and splits."""
+        return -(-rows // tile.block_rows), tile.splits
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSource(Source):
+    """The kernel on mma.sync for unstructured weights: units arrive in slots of their own, and blocks stay for several row groups."""
+
+    def shared_bytes(self, tile: Tile, m: int, depth: int, x_buffers: int = 2) -> int:
+        x = _whole_lines(_ZERO_BYTES + x_buffers * self._buffer_bytes(tile, m))
+        sums = _whole_lines(self._sums_bytes(tile, m))
+        return (x + 2 * sums if tile.n_tiles <= 2 else max(x, sums)) + _stream_bytes(tile, depth)
+
+    def x_buffers(self, tile: Tile, m: int, depth: int, units: int, here: Gpu) -> int:
+        """One for every round of a row group, where as many blocks fit a multiprocessor then as with two."""
+        rounds = -(-units // (tile.splits * tile.warps_k))
+        return rounds if self._resident(tile, m, depth, rounds, here) >= self._resident(tile, m, depth, 2, here) else 2
+
+    def _resident(self, tile: Tile, m: int, depth: int, x_buffers: int, here: Gpu) -> int:
+        return _blocks(tile, self.shared_bytes(tile, m, depth, x_buffers), here)
+
+    def grid(self, tile: Tile, rows: int, shared: int, here: Gpu) -> tuple[int, int]:
+        groups = -(-rows // tile.block_rows)
+        if tile.n_tiles > 2:
+            return groups, tile.splits
+        return min(groups, max(here.processors * _blocks(tile, shared, here) // tile.splits, 1)), tile.splits
+
+
+def _blocks(tile: Tile, shared: int, here: Gpu) -> int:
+    """Blocks of a tile on one multiprocessor, whose shared memory is 1 KB more than a block may have and of which each block takes 1 KB."""
+    return min(tile.min_blocks, (here.shared_limit + 1024) // (shared + 1024))
+
+
+def _staged_rows(tile: Tile, m: int) -> int:
+    return m if tile.n_tiles == 1 else 8 * tile.n_tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,22 +152,28 @@ class WarpgroupSource(Source):
         else:
             stages, subtiles = 3 if tile.n_tiles == 4 else 4, max(1, min(4, 16 // tile.n_tiles))
         slots = tile.warps_row * tile.stages
-        buffers = -(-(stages * subtiles * tile.n_tiles * 1024 + 8 * (2 * stages + slots)) // 128) * 128
+        buffers = _whole_lines(stages * subtiles * tile.n_tiles * 1024 + 8 * (2 * stages + slots))
         buffers += _stream_bytes(tile, depth) if depth else slots * _SLOT_BYTES
-        return max(buffers, 8 * tile.n_tiles * (tile.block_rows + 4) * 4)
+        return max(buffers, self._sums_bytes(tile, m))
 
 
 def _stream_bytes(tile: Tile, depth: int) -> int:
-    """The expansion table and the slots of every warp: a pair that keeps nothing reads one word before or behind a stream."""
-    return 256 * 8 * tile.table_copies + 128 + tile.stages * tile.warps_row * tile.warps_k * (depth + 2) * 128
+    """The expansion table, barriers and slots of every warp: a pair that keeps nothing reads one word before or behind a unit's."""
+    slots = tile.warps_row * tile.warps_k * tile.stages
+    slot = 96 + 32 + 512 // tile.parts + 128 * (depth + 1)
+    return 512 * 8 * tile.table_copies + _whole_lines(8 * slots) + slots * slot
+
+
+def _whole_lines(nbytes: int) -> int:
+    return -(-nbytes // 128) * 128
 
 
 class _Params(ctypes.Structure):
     """``Params`` of decode_common.cuh."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weight", "masks", "offsets", "counts", "x", "bias", "residual", "y")),
-        *((name, ctypes.c_int) for name in ("m", "rows", "cols", "ldx", "units", "relu", "x_vector", "y_vector", "depth")),
+        *((name, ctypes.c_void_p) for name in ("weight", "offsets", "x", "bias", "residual", "y")),
+        *((name, ctypes.c_int) for name in ("m", "rows", "cols", "ldx", "units", "relu", "x_vector", "y_vector", "depth", "x_buffers")),
     )
 
 
@@ -158,9 +204,13 @@ def fit(source: Source, tile: Tile, m: int, depth: int, here: Gpu) -> Tile:
     """
     if tile.splits > 1 and not here.hopper:
         tile = replace(tile, splits=1)
+    if depth and tile.table_copies > 8:
+        tile = replace(tile, table_copies=8)
     while (needed := source.shared_bytes(tile, m, depth)) > here.shared_limit:
         least = 1 if depth else tile.parts
-        if isinstance(source, WarpgroupSource) and tile.warps_row > 4:
+        if depth and tile.table_copies > 4:
+            tile = replace(tile, table_copies=tile.table_copies // 2)
+        elif isinstance(source, WarpgroupSource) and tile.warps_row > 4:
             tile = replace(tile, warps_row=tile.warps_row - 4)
         elif tile.warps_k > least:
             tile = replace(tile, warps_k=max(tile.warps_k // 2 // least * least, least))
@@ -200,17 +250,13 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
 
 @dataclass(frozen=True, slots=True)
 class Streams:
-    """The further tensors of an unstructured weight, see csrc/cuda/paired.cuh; ``depth`` is the most words of a lane's stream."""
+    """The further parts of an unstructured weight, see csrc/cuda/paired.cuh."""
 
-    masks: Tensor
     offsets: Tensor
-    counts: Tensor
     depth: int
-
-    @property
-    def parts(self) -> int:
-        """Units are 256 / parts columns."""
-        return 16 // self.masks.shape[-1]
+    """Words of the deepest unit."""
+    parts: int
+    """Units are 256 / parts columns."""
 
 
 def _arrange(source: WarpgroupSource, tile: Tile, params: _Params, x: Tensor, subtiles: int, here: Gpu, device: int) -> Tensor:
@@ -263,11 +309,10 @@ def run_decode(
     vector = int(pointer % 16 == 0 and columns % 8 == 0 and (m == 1 or stride % 8 == 0))
     stored = (out, *(t.data_ptr() for t in (bias, residual) if t is not None))
     y_vector = int(rows % 4 == 0 and all(at % 8 == 0 for at in stored))
-    pointers: tuple[int | None, int | None, int | None] = (None, None, None)
+    offsets: int | None = None
     depth, parts = 0, 1
     if streams is not None:
-        pointers = (streams.masks.data_ptr(), streams.offsets.data_ptr(), streams.counts.data_ptr())
-        depth, parts = streams.depth, streams.parts
+        offsets, depth, parts = streams.offsets.data_ptr(), streams.depth, streams.parts
     units = -(-columns * parts // UNIT)
     first = 0
     while first < m:
@@ -277,9 +322,13 @@ def run_decode(
             # What the layout has, whatever a table says.
             tile = replace(tile, parts=parts)
         tile = fit(source, tile, count, depth, here)
+        x_buffers, shared = 0, source.shared_bytes(tile, count, depth)
+        if isinstance(source, StreamSource):
+            x_buffers = source.x_buffers(tile, count, depth, units, here)
+            shared = source.shared_bytes(tile, count, depth, x_buffers)
         params = _Params(
             weight.data_ptr(),
-            *pointers,
+            offsets,
             pointer + first * stride * itemsize,
             bias.data_ptr() if bias is not None else None,
             residual.data_ptr() + first * rows * itemsize if residual is not None else None,
@@ -293,13 +342,13 @@ def run_decode(
             vector,
             y_vector,
             depth,
+            x_buffers,
         )
         if isinstance(source, WarpgroupSource):
             image = _arrange(source, tile, params, x, units * (4 // parts), here, device)
             params.x = image.data_ptr()
         function = _function(source, here.arch, x.dtype, tile)
-        grid = (-(-rows // tile.block_rows), tile.splits)
-        shared = source.shared_bytes(tile, count, depth)
+        grid = source.grid(tile, rows, shared, here)
         cuda.launch(function, grid, source.threads(tile), shared, params, device, cluster=(1, tile.splits), overlap=here.hopper)
         first += count
     return y

@@ -18,6 +18,7 @@ from sparse_engine.backends.cuda_decode import (
     UNIT,
     Gpu,
     Source,
+    StreamSource,
     Tile,
     WarpgroupSource,
     arrange_macros,
@@ -32,7 +33,7 @@ __all__ = ["choose", "compilations", "configs", "estimate_us", "parse", "sources
 
 MMA_24 = Source("decode_nm.cu", "decode_nm", (("PATTERN", 24),), x_pad=16)
 MMA_48 = Source("decode_nm.cu", "decode_nm", (("PATTERN", 48),), x_pad=64)
-MMA_UNSTRUCTURED = Source("decode_unstructured.cu", "decode_unstructured", x_pad=64)
+MMA_UNSTRUCTURED = StreamSource("decode_unstructured.cu", "decode_unstructured", x_pad=64)
 WGMMA_24 = WarpgroupSource("decode_wgmma.cu", "decode_wgmma", (("PATTERN", 24),))
 WGMMA_48 = WarpgroupSource("decode_wgmma.cu", "decode_wgmma", (("PATTERN", 48),), expanded=True)
 WGMMA_UNSTRUCTURED = WarpgroupSource("decode_wgmma.cu", "decode_wgmma", (("PATTERN", 0),), expanded=True)
@@ -42,8 +43,8 @@ _SOURCES: dict[str, tuple[Source, ...]] = {
     "unstructured": (MMA_UNSTRUCTURED, WGMMA_UNSTRUCTURED),
 }
 
-TYPICAL_DEPTH = 47
-"""Words of the longest of 32 streams of a unit at half density, for choosing tiles before a weight is seen."""
+TYPICAL_DEPTH = 42
+"""Words of the deepest unit at half density, for choosing tiles before a weight is seen."""
 
 
 def sources(pattern: str, here: Gpu) -> list[Source]:
@@ -67,8 +68,8 @@ _FEW_ROWS = {
         *((1, 1, 12, 4, 1), (1, 1, 16, 2, 1), (1, 1, 16, 2, 2), (1, 2, 4, 1, 1)),
     ],
     "unstructured": [
-        *((1, 1, 3, 1, 1), (1, 1, 6, 1, 1), (1, 1, 8, 1, 1), (1, 1, 8, 1, 2), (1, 1, 12, 1, 1), (1, 1, 16, 1, 1), (1, 2, 4, 1, 1)),
-        *((1, 2, 8, 1, 1), (1, 4, 4, 1, 1)),
+        *((1, 1, 3, 1, 1), (1, 1, 4, 1, 1), (1, 1, 6, 1, 1), (1, 1, 8, 1, 1), (1, 1, 8, 1, 2), (1, 1, 12, 1, 1), (1, 1, 16, 1, 1)),
+        *((1, 2, 4, 1, 1), (1, 2, 8, 1, 1), (1, 4, 4, 1, 1), (1, 2, 6, 1, 1)),
     ],
 }
 _MORE_ROWS = {
@@ -86,7 +87,7 @@ _MORE_ROWS = {
     ],
 }
 _WARPGROUPS = ((4, 4, 2), (8, 2, 1), (12, 2, 1))
-"""Four warpgroups would leave too few registers for 128 activation rows, and were never the fastest for fewer."""
+"""Four warpgroups leave too few registers for 128 activation rows; for fewer, only unstructured weights gain by them."""
 _SPLITS = (1, 2, 4, 8)
 _FAR = math.log(3.2)
 _SMALL = 1 << 24
@@ -99,9 +100,9 @@ def _tile(source: Source, n_tiles: int, shape: tuple[int, int, int, int, int]) -
     held = row_tiles * n_tiles
     copies = 16
     if source is MMA_UNSTRUCTURED:
-        registers = 88 if n_tiles == 1 else 104 if n_tiles == 2 else 128 if n_tiles <= 4 else 168
-        # A small block would spend longer on filling the table than it saves by reading it without conflicts.
-        copies = 16 if warps_row * warps_k >= 12 else 8 if warps_row * warps_k >= 8 else 4
+        registers = 112 if n_tiles == 1 else 128 if n_tiles <= 4 else 168
+        # Several blocks of a multiprocessor would have a table each.
+        copies = 8 if warps_row * warps_k >= 12 else 4
     elif held == 1:
         registers = {1: 80, 2: 64, 4: 56}[parts]
     else:
@@ -116,14 +117,14 @@ def _warpgroup_tiles(source: WarpgroupSource, rows: int, columns: int, m: int, h
     unstructured = source is WGMMA_UNSTRUCTURED
     parts = unstructured_parts(columns) if unstructured else 1
     found: list[tuple[float, Tile]] = []
-    for warps_row, slots, blocks in _WARPGROUPS:
+    for warps_row, slots, blocks in (*_WARPGROUPS, (16, 2, 1)) if unstructured and n_tiles <= 8 else _WARPGROUPS:
         for splits in _SPLITS:
             if splits > 1 and splits * UNIT // parts > columns:
                 continue
             share = -(-rows // (16 * warps_row)) * splits / here.processors
             tile = Tile(n_tiles, 1, warps_row, 1, parts, splits, slots, blocks)
             if unstructured:
-                tile = replace(tile, stages=2, min_blocks=1, table_copies=8 if warps_row == 4 else 16)
+                tile = replace(tile, stages=2, min_blocks=2 if warps_row == 4 else 1, table_copies=4)
             found.append((abs(math.log(share)), tile))
     found.sort(key=lambda each: each[0])
     return [tile for distance, tile in found if distance < _FAR] or [found[0][1]]

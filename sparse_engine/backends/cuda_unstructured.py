@@ -26,12 +26,16 @@ _TILES_AT_ONCE = 64
 """Row tiles laid out in one go, which bounds the temporary memory of `prepare`."""
 
 
-def octet_places(byte: int) -> list[int]:
-    """Half-word places, within an octet's words, of the columns that ``byte`` keeps; -1 for the others. See paired.cuh."""
+def octet_places(byte: int, parity: int) -> tuple[list[int], int]:
+    """Half-word places of the columns that ``byte`` keeps, -1 for the others, and how many half-words the octet takes.
+
+    Places count from the start of the word that the octet's first half-word lies in; with ``parity`` 1 that word's first half is
+    taken. See paired.cuh.
+    """
     codes = [byte >> 2 * pair & 3 for pair in range(4)]
     kept, singles = byte.bit_count(), sum(code in (1, 2) for code in codes)
     places = [-1] * 8
-    following, open_word, seen = 0, -1, 0
+    following, open_word, seen = parity, parity - 1, 0
     for pair, code in enumerate(codes):
         if code == 3:
             places[2 * pair], places[2 * pair + 1] = 2 * following, 2 * following + 1
@@ -41,18 +45,20 @@ def octet_places(byte: int) -> list[int]:
             if open_word >= 0:
                 place, open_word = 2 * open_word + 1, -1
             elif seen == singles:
-                place = 2 * ((kept - 1) // 2)
+                place = 2 * ((parity + kept - 1) // 2)
             else:
                 place, open_word = 2 * following, following
                 following += 1
             places[2 * pair + code - 1] = place
-    return places
+    return places, kept + (parity if kept and not singles else 0)
 
 
 @cache
-def _place_table(device: torch.device) -> Tensor:
-    """:func:`octet_places` of every byte, int16 (256, 8)."""
-    return torch.tensor([octet_places(byte) for byte in range(256)], dtype=torch.int16, device=device)
+def _octets(device: torch.device) -> tuple[Tensor, Tensor]:
+    """:func:`octet_places` of every parity and byte: places int16 (2, 256, 8), lengths int16 (2, 256)."""
+    octets = [[octet_places(byte, parity) for byte in range(256)] for parity in range(2)]
+    places = torch.tensor([[places for places, _ in row] for row in octets], dtype=torch.int16, device=device)
+    return places, torch.tensor([[length for _, length in row] for row in octets], dtype=torch.int16, device=device)
 
 
 def _lane_masks(bitmask: Tensor, tiles: int, units: int, steps: int) -> Tensor:
@@ -62,30 +68,55 @@ def _lane_masks(bitmask: Tensor, tiles: int, units: int, steps: int) -> Tensor:
     return padded.view(tiles, 2, 8, units, steps, 4).permute(0, 3, 2, 5, 4, 1).reshape(tiles, units, 32, 2 * steps)
 
 
+def _streams(masks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Streams of a part's lanes: ``masks`` is (tiles, units, 32, bytes).
+
+    Returns (start half-word of each octet's first word (tiles, units, 32, steps, 2), parity of each octet likewise, column of each
+    lane's stream B (tiles, units, 32), words of each unit's columns (tiles, units)).
+    """
+    _, lengths = _octets(masks.device)
+    octets = masks.view(*masks.shape[:3], -1, 2).long()
+    before = torch.zeros_like(octets)
+    length = torch.zeros_like(octets[..., 0, :])
+    for step in range(octets.shape[3]):
+        before[..., step, :] = length
+        length = length + lengths[length & 1, octets[..., step, :]]
+    # The shortest streams A take the longest streams B.
+    first, lanes = length[..., 0].sort(dim=-1, stable=True)
+    second, order = length[..., 1].sort(dim=-1, stable=True, descending=True)
+    columns = torch.empty_like(lanes).scatter_(-1, order, lanes)
+    return before & ~1, before & 1, columns, ((first + second + 1) // 2).amax(-1)
+
+
+def _header_bytes(parts: int) -> int:
+    return 512 // parts + 32
+
+
+def _sizes(depths: Tensor, parts: int) -> Tensor:
+    """Sizes of units in 16 bytes."""
+    return depths * 8 + _header_bytes(parts) // 16
+
+
 def _places(masks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Where a part's values lie in the layout: ``masks`` is (tiles, units, 32, bytes).
 
-    Returns (keep (tiles, units, 32, 8 · bytes) bool, half-word place of each kept value within the part, in order of ``keep``; the
-    sizes of the units in 16 bytes; the words of each lane).
+    Returns (keep (tiles, units, 32, 8 · bytes) bool, half-word place of each kept value within the part, in order of ``keep``, the
+    columns and the depths that :func:`_streams` gives).
     """
     keep = unpack_bits(masks.reshape(-1, masks.shape[-1]), masks.shape[-1] * 8).view(*masks.shape[:3], -1)
-    kept = keep.view(*masks.shape, 8).sum(-1, dtype=torch.int32)
-    # Of each step: words, and the word that it starts at in the lane's stream.
-    length = (kept[..., 0::2] + kept[..., 1::2] + 1) // 2
-    start = length.cumsum(-1, dtype=torch.int32) - length
-    place = _place_table(masks.device)[masks.long()].to(torch.int32).view(*masks.shape[:3], -1, 2, 8)
-    place[..., 0, :] += 2 * start.unsqueeze(-1)
-    place[..., 1, :] = (2 * (start + length) - 1).unsqueeze(-1) - place[..., 1, :]
-    place = place.view(keep.shape)
-    words = length.sum(-1, dtype=torch.int32)
-    full = words.amin(-1, keepdim=True)
-    further = words - full
-    tails = full * 32 + further.cumsum(-1, dtype=torch.int32) - further
-    sizes = (words.sum(-1) + 3) // 4
-    starts = (sizes.flatten().cumsum(0) - sizes.flatten()).view_as(sizes)
-    word, lane = place >> 1, torch.arange(32, device=masks.device).view(-1, 1)
-    within = torch.where(word < full.unsqueeze(-1), word * 32 + lane, tails.unsqueeze(-1) + word - full.unsqueeze(-1))
-    return keep, ((starts[..., None, None] * 4 + within) * 2 + (place & 1))[keep], sizes, words
+    start, parity, columns, depths = _streams(masks)
+    octets = masks.view(*masks.shape[:3], -1, 2).long()
+    place = start.unsqueeze(-1) + _octets(masks.device)[0][parity, octets]
+    word, half = place >> 1, place & 1
+    bottom = (depths - 1).view(*depths.shape, 1, 1, 1)
+    word[..., 1, :] = bottom - word[..., 1, :]
+    half[..., 1, :] ^= 1
+    lanes = torch.arange(32, device=masks.device).expand_as(columns)
+    column = torch.stack((lanes, columns), -1).view(*columns.shape, 1, 2, 1)
+    parts = 16 // masks.shape[-1]
+    sizes = _sizes(depths, parts)
+    starts = (sizes.flatten().cumsum(0) - sizes.flatten()).view(*sizes.shape, 1, 1, 1, 1) * 8 + _header_bytes(parts) // 2
+    return keep, (starts + (word * 32 + column) * 2 + half).view(keep.shape)[keep], columns, depths
 
 
 def _chunks(packed_shape: tuple[int, int], parts: int) -> tuple[int, int, Iterator[tuple[int, int]]]:
@@ -101,9 +132,9 @@ def to_streams(values: Tensor, bitmask: Tensor, shape: tuple[int, int], parts: i
     counts = torch.zeros(tiles * 16, dtype=torch.int64, device=values.device)
     counts[: shape[0]] = unpack_bits(bitmask, shape[1]).sum(1)
     ends = counts.view(tiles, 16).sum(1).cumsum(0).tolist()
-    pieces, sizes, lengths, first = [], [], [], 0
+    pieces, sizes, deepest, first = [], [], 1, 0
     for begin, end in chunks:
-        keep, place, size, words = _places(masks[begin:end])
+        keep, place, columns, depths = _places(masks[begin:end])
         part = values[first : ends[end - 1]]
         first = ends[end - 1]
         rows = min(end * 16, shape[0]) - begin * 16
@@ -112,21 +143,30 @@ def to_streams(values: Tensor, bitmask: Tensor, shape: tuple[int, int], parts: i
             unpack_bits(bitmask[begin * 16 : begin * 16 + rows], shape[1]), part
         )
         stream = dense.view(end - begin, 2, 8, units, steps, 4, 8).permute(0, 3, 2, 5, 4, 1, 6).reshape(keep.shape)
+        size = _sizes(depths, parts).flatten()
         piece = values.new_zeros(int(size.sum()) * 8)
         piece[place] = stream[keep]
+        header = torch.cat((masks[begin:end].reshape(-1, 512 // parts), columns.to(torch.uint8).view(-1, 32)), 1)
+        piece.view(torch.uint8)[_header_places(size.cumsum(0) - size, parts)] = header
         pieces.append(piece)
-        sizes.append(size.flatten())
-        lengths.append(words.to(torch.uint8))
+        sizes.append(size)
+        deepest = max(deepest, int(depths.max()))
     offsets = torch.zeros(tiles * units + 1, dtype=torch.int64, device=values.device)
     offsets[1:] = torch.cat(sizes).cumsum(0)
-    length = torch.cat(lengths)
-    return torch.cat(pieces), Streams(masks, offsets.int(), length, max(int(length.max()), 1))
+    return torch.cat(pieces), Streams(offsets.int(), deepest, parts)
+
+
+def _header_places(starts: Tensor, parts: int) -> Tensor:
+    """Places of the header's bytes of units that start at ``starts``, in 16 bytes."""
+    return starts.long().unsqueeze(-1) * 16 + torch.arange(_header_bytes(parts), device=starts.device)
 
 
 def from_streams(words: Tensor, streams: Streams, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """Values, bitmask and row offsets that :func:`to_streams` was given, exactly."""
     tiles, units, chunks = _chunks(shape, streams.parts)
-    masks, steps = streams.masks, 8 // streams.parts
+    steps = 8 // streams.parts
+    mask_bytes = 512 // streams.parts
+    masks = words.view(torch.uint8)[_header_places(streams.offsets[:-1], streams.parts)[:, :mask_bytes]].view(tiles, units, 32, 2 * steps)
     padded = masks.view(tiles, units, 8, 4, steps, 2).permute(0, 5, 2, 1, 4, 3).reshape(tiles * 16, units * steps * 4)
     bitmask = padded[: shape[0], : -(-shape[1] // 8)].contiguous()
     pieces = []
@@ -150,30 +190,19 @@ _choose = partial(choose, _NAME, "unstructured")
 def _linear(
     x: Tensor,
     weight: Tensor,
-    masks: Tensor,
     offsets: Tensor,
-    counts: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
     rows: int,
     columns: int,
     depth: int,
+    parts: int,
     relu: bool,
 ) -> Tensor:
-    return run_decode(_choose, x, weight, bias, residual, rows, columns, relu, Streams(masks, offsets, counts, depth))
+    return run_decode(_choose, x, weight, bias, residual, rows, columns, relu, Streams(offsets, depth, parts))
 
 
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    masks: Tensor,
-    offsets: Tensor,
-    counts: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    rows: int,
-    *_: object,
-) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, residual: Tensor | None, rows: int, *_: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], rows))
 
 
@@ -181,8 +210,8 @@ _op = define_linear(
     "cuda_unstructured_linear",
     _linear,
     ("CUDA",),
-    arguments="Tensor x, Tensor weight, Tensor masks, Tensor offsets, Tensor counts, Tensor? bias, Tensor? residual, "
-    "int rows, int columns, int depth, bool relu",
+    arguments="Tensor x, Tensor weight, Tensor offsets, Tensor? bias, Tensor? residual, "
+    "int rows, int columns, int depth, int parts, bool relu",
     fake=_fake,
 )
 
@@ -214,19 +243,17 @@ class CudaUnstructuredKernel(Kernel):
         parts = unstructured_parts(packed.shape[1])
         tiles, units, chunks = _chunks(packed.shape, parts)
         masks = _lane_masks(packed.tensors["bitmask"], tiles, units, 8 // parts)
-        blocks = sum(int(_places(masks[begin:end])[2].sum()) for begin, end in chunks)
-        return blocks * 16 + masks.numel() + tiles * units * 32 + 4 * (tiles * units + 1)
+        blocks = sum(int(_sizes(_streams(masks[begin:end])[3], parts).sum()) for begin, end in chunks)
+        return blocks * 16 + 4 * (tiles * units + 1)
 
     def prepare(self, packed: PackedWeight) -> Layout:
         values, bitmask = packed.tensors["values"], packed.tensors["bitmask"]
         words, streams = to_streams(values, bitmask, packed.shape, unstructured_parts(packed.shape[1]))
         return {
             "weight": words,
-            "masks": streams.masks,
             "offsets": streams.offsets,
-            "counts": streams.counts,
-            # Holds nothing; its shape tells `run` the weight's size and the streams' depth.
-            "extent": values.new_empty((*packed.shape, streams.depth, 0)),
+            # Holds nothing; its shape tells `run` the weight's size, the units' depth and their parts.
+            "extent": values.new_empty((*packed.shape, streams.depth, streams.parts, 0)),
         }
 
     def recover(self, layout: Layout, packed: PackedWeight) -> PackedWeight:
@@ -235,9 +262,8 @@ class CudaUnstructuredKernel(Kernel):
         return PackedWeight(packed.format, packed.version, packed.pattern, packed.shape, packed.dtype, tensors)
 
     def run(self, x: Tensor, layout: Layout, bias: Tensor | None, pattern: SparsityPattern) -> Tensor:
-        rows, columns, depth, _ = layout["extent"].shape
-        tensors = (layout["weight"], layout["masks"], layout["offsets"], layout["counts"])
-        return _op(x, *tensors, bias, None, rows, columns, depth, False)
+        rows, columns, depth, parts, _ = layout["extent"].shape
+        return _op(x, layout["weight"], layout["offsets"], bias, None, rows, columns, depth, parts, False)
 
     def run_fused(
         self,
@@ -276,7 +302,7 @@ class CudaUnstructuredKernel(Kernel):
 
 
 def _streams_of(layout: Layout) -> Streams:
-    return Streams(layout["masks"], layout["offsets"], layout["counts"], layout["extent"].shape[2])
+    return Streams(layout["offsets"], *layout["extent"].shape[2:4])
 
 
 register(CudaUnstructuredKernel())
