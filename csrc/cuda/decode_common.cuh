@@ -52,11 +52,11 @@ struct Params {
   const u16* residual; // (m, rows) contiguous or null; added last
   u16* y;              // (m, rows) contiguous
   int m, rows, cols, ldx;
-  int units;    // ceil(cols / UNIT)
-  int relu;     // clamp at 0 after the bias, before the residual
-  int x_vector; // x rows are 16-byte aligned and cols is a multiple of 8
-  int y_vector; // y, bias and residual are 8-byte aligned and rows is a multiple of 4
-  int depth;    // words of the deepest unit
+  int units;     // ceil(cols / UNIT)
+  int relu;      // clamp at 0 after the bias, before the residual
+  int x_vector;  // x rows are 16-byte aligned and cols is a multiple of 8
+  int y_vector;  // y, bias and residual are 8-byte aligned and rows is a multiple of 4
+  int depth;     // words of the deepest unit
   int x_buffers; // of decode_unstructured, in shared memory: two, or one for every round of a row group
 };
 

@@ -1,8 +1,8 @@
 // y = x · Wᵀ for unstructured weights and few activation rows.
 //
-// W is cut into T = ceil(rows / 16) row tiles by U = ceil(cols / UNIT) units, stored as paired.cuh describes; every warp fetches its units for
-// itself, one after the other. A block goes through row groups BLOCK_ROWS apart by gridDim.x, so that weights are on their way all the time
-// and the table is filled once; for many activation rows, whose sums take the place of x, it has one group.
+// W is cut into T = ceil(rows / 16) row tiles by U = ceil(cols / UNIT) units, stored as paired.cuh describes; every warp fetches its units
+// for itself, one after the other. A block goes through row groups, gridDim.x from one to the next, so that weights are on their way all
+// the time and the table is filled once; for many activation rows, whose sums take the place of x, it has one group.
 //   STAGES         slots of units per warp
 //   TABLE_COPIES   copies of the expansion table in shared memory, 1 to 8
 #define UNSTRUCTURED 1

@@ -3,13 +3,13 @@
 // Lane (g, t) of a warp owns, of every 32 columns (a step), columns 8t .. 8t + 7 of rows g (octet A) and g + 8 (octet B). An octet's four
 // column pairs take their values from words of two: a pair that keeps both columns from a word of its own, pairs that keep one from a word
 // that two of them share, in order of their columns. Words are numbered in order of first use; where a single has no partner, it has the
-// octet's last word, and the first single of the octet that follows in the lane's stream fills the half that stays free. So every pair takes
-// one word, at a place that its octet's mask byte and the half-words before it (their parity) decide, and a table gives the places.
+// octet's last word, and the first single of the octet that follows in the lane's stream fills the half that stays free. So every pair
+// takes one word, at a place that its octet's mask byte and the half-words before it (their parity) decide, and a table gives the places.
 //
 // A lane has two streams of a unit, the octets A of its steps and the octets B. Stream A fills a column of words downwards, the lane's own;
 // stream B fills one upwards from its end, with halves exchanged, so that two streams whose words are odd meet in one word. The columns of
-// streams B are dealt so that the longest come to the shortest streams A: the 32 columns are a block with little padding, which one bulk copy
-// brings, and every lane reads a bank of its own.
+// streams B are dealt so that the longest come to the shortest streams A: the 32 columns are a block with little padding (6 % of the values
+// at half density in units of 256 columns), which one bulk copy brings, and every lane reads a bank of its own.
 //
 //   weight   of each unit, contiguous: masks [32 lanes][16 / PARTS bytes], byte 2s for row g, 2s + 1 for row g + 8 of step s;
 //            columns [32 lanes] uint8, that of the lane's stream B; words [depth of the unit][32 columns]
@@ -24,8 +24,9 @@
 #define WARPS (WARPS_ROW * WARPS_K)
 
 // Table entry for a mask byte and a parity: bytes 0 .. 3 are the words of the four pairs, counted from the one that the parity's half-word
-// lies in, then 8 nibbles, two per pair: what its low and its high half take, 0 nothing, 1 the word's low half, 2 its high half. Bits 6, 14,
-// 22 and 30 of these are the half-words that the octet takes. Copies of the table lie side by side so that lanes read with fewer conflicts.
+// lies in, then 8 nibbles, two per pair: what its low and its high half take, 0 nothing, 1 the word's low half, 2 its high half. Bits 6,
+// 14, 22 and 30 of these are the half-words that the octet takes. Copies of the table lie side by side so that lanes read with fewer
+// conflicts.
 #define TABLE_BYTES (512 * 8 * TABLE_COPIES)
 #define LENGTH_BITS 0x40404040u
 

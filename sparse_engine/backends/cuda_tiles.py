@@ -69,7 +69,7 @@ _FEW_ROWS = {
     ],
     "unstructured": [
         *((1, 1, 3, 1, 1), (1, 1, 4, 1, 1), (1, 1, 6, 1, 1), (1, 1, 8, 1, 1), (1, 1, 8, 1, 2), (1, 1, 12, 1, 1), (1, 1, 16, 1, 1)),
-        *((1, 2, 4, 1, 1), (1, 2, 8, 1, 1), (1, 4, 4, 1, 1), (1, 2, 6, 1, 1)),
+        *((1, 2, 4, 1, 1), (1, 2, 8, 1, 1), (1, 4, 4, 1, 1), (1, 2, 6, 1, 1), (1, 4, 2, 1, 1)),
     ],
 }
 _MORE_ROWS = {
@@ -83,11 +83,11 @@ _MORE_ROWS = {
     ],
     "unstructured": [
         *((1, 1, 6, 1, 1), (1, 1, 8, 1, 1), (1, 1, 16, 1, 1), (1, 2, 4, 1, 1), (1, 2, 6, 1, 1), (1, 2, 8, 1, 1), (1, 4, 4, 1, 1)),
-        (1, 4, 4, 1, 2),
+        *((1, 4, 4, 1, 2), (1, 4, 2, 1, 1)),
     ],
 }
 _WARPGROUPS = ((4, 4, 2), (8, 2, 1), (12, 2, 1))
-"""Four warpgroups leave too few registers for 128 activation rows; for fewer, only unstructured weights gain by them."""
+"""Four warpgroups would leave too few registers for 128 activation rows, and were never the fastest for fewer."""
 _SPLITS = (1, 2, 4, 8)
 _FAR = math.log(3.2)
 _SMALL = 1 << 24
@@ -117,7 +117,7 @@ def _warpgroup_tiles(source: WarpgroupSource, rows: int, columns: int, m: int, h
     unstructured = source is WGMMA_UNSTRUCTURED
     parts = unstructured_parts(columns) if unstructured else 1
     found: list[tuple[float, Tile]] = []
-    for warps_row, slots, blocks in (*_WARPGROUPS, (16, 2, 1)) if unstructured and n_tiles <= 8 else _WARPGROUPS:
+    for warps_row, slots, blocks in _WARPGROUPS:
         for splits in _SPLITS:
             if splits > 1 and splits * UNIT // parts > columns:
                 continue
@@ -226,8 +226,16 @@ def choose(kernel: str, pattern: str, dtype: torch.dtype, rows: int, columns: in
     if measured is not None and (chosen := parse(pattern, measured.config)) is not None:
         source, tile = chosen
         if source in sources(pattern, here) and min(m, source.max_rows) <= 8 * tile.n_tiles:
-            return source, tile
+            return source, _within_registers(source, tile)
     return _rule(pattern, rows, columns, m if here.arch == "sm_90a" else min(m, MAX_ROWS), here)
+
+
+def _within_registers(source: Source, tile: Tile) -> Tile:
+    """``tile`` with no more blocks than this version's kernel has registers for, whichever version the table was measured with."""
+    if source is not MMA_UNSTRUCTURED:
+        return tile
+    allowed = _tile(source, tile.n_tiles, (1, tile.warps_row, tile.warps_k, tile.parts, tile.splits)).min_blocks
+    return replace(tile, min_blocks=max(min(tile.min_blocks, allowed), 1))
 
 
 def estimate_us(problem: Problem, nbytes: float) -> float:

@@ -275,22 +275,19 @@ class CudaUnstructuredKernel(Kernel):
         relu: bool = False,
         residual: Tensor | None = None,
     ) -> Tensor:
-        rows, columns, depth, _ = layout["extent"].shape
-        tensors = (layout["weight"], layout["masks"], layout["offsets"], layout["counts"])
-        return _op(x, *tensors, bias, residual, rows, columns, depth, relu)
+        rows, columns, depth, parts, _ = layout["extent"].shape
+        return _op(x, layout["weight"], layout["offsets"], bias, residual, rows, columns, depth, parts, relu)
 
     def rows_of(self, layout: Layout, begin: int, end: int) -> Layout | None:
         if begin % 16 or (end % 16 and end != layout["extent"].shape[0]):
             return None
         tiles = slice(begin // 16, -(-end // 16))
-        units = layout["masks"].shape[1]
+        units = -(-layout["extent"].shape[1] * layout["extent"].shape[3] // UNIT)
         offsets = layout["offsets"][tiles.start * units : tiles.stop * units + 1]
         first, last = offsets[[0, -1]].tolist()
         return {
             "weight": layout["weight"][first * 8 : last * 8],
-            "masks": layout["masks"][tiles],
             "offsets": offsets - first,
-            "counts": layout["counts"][tiles],
             "extent": layout["extent"].new_empty((end - begin, *layout["extent"].shape[1:])),
         }
 
