@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -231,3 +233,57 @@ def test_generation_config_of_the_model_is_heard(model: Any, monkeypatch: pytest
     config = GenerationConfig(max_new_tokens=7, do_sample=False, repetition_penalty=1.3, eos_token_id=2, pad_token_id=1)
     want, got = both(model, monkeypatch, **padded(model, (3, 8)), generation_config=config)
     assert got.tolist() == want.tolist()
+
+
+class Interrupt:
+    """A streamer that is interrupted at its third token."""
+
+    def __init__(self) -> None:
+        self.left = 3
+
+    def put(self, value: torch.Tensor) -> None:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+    def end(self) -> None:
+        raise AssertionError("not reached")
+
+
+def test_an_interrupted_generation_leaves_the_next_one_whole(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = padded(model, (6,))
+    monkeypatch.setenv(VARIABLE, "engine")
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(**inputs, max_new_tokens=12, do_sample=False, streamer=Interrupt())
+    want, got = both(model, monkeypatch, **inputs, max_new_tokens=12, do_sample=False)
+    assert got.tolist() == want.tolist()
+
+
+def test_models_of_one_process_do_not_meet(model: Any, tiny_opt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(5)
+    other = EngineOPTForCausalLM.from_pretrained(tiny_opt).to(model.device).eval()
+    for parameter in other.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    inputs = padded(model, (6, 2))
+    for one in (model, other, model):
+        want, got = both(one, monkeypatch, **inputs, max_new_tokens=8, do_sample=False)
+        assert got.tolist() == want.tolist()
+    runner = runner_for(other, forced=True)
+    alive = weakref.ref(runner)
+    del other, one, runner
+    gc.collect()
+    assert alive() is None, "a model's runner lives as long as the model"
+
+
+@pytest.mark.gpu
+def test_memory_does_not_grow(tiny_opt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "engine")
+    model = SparseOPTForCausalLM.from_pretrained(tiny_opt, nm="2:4").to("cuda").eval()
+    held = []
+    for turn in range(1000):
+        model.generate(**padded(model, (4 + turn % 9,)), max_new_tokens=2 + turn % 5, do_sample=False)
+        if turn in (100, 999):
+            gc.collect()
+            torch.cuda.synchronize()
+            held.append(torch.cuda.memory_allocated())
+    assert held[1] <= held[0]

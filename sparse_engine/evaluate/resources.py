@@ -57,9 +57,10 @@ def _plain(module: nn.Module, parameter: Tensor) -> Tensor:
 
 
 class MemoryMeter:
-    """Peak memory in bytes from its making on: ``device`` as torch's allocator counts it, ``host`` above what the process held before.
+    """Peak memory in bytes since its making or last restart.
 
-    The host's peak is the kernel's own high-water mark, which is reset at the start; where that cannot be done it is None.
+    ``device`` is as torch's allocator counts it, ``host`` above what the process held at the making. The host's peak is the kernel's own
+    high-water mark, which is reset at the start; where that cannot be done it is None.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -67,11 +68,16 @@ class MemoryMeter:
         gc.collect()
         # Freed blocks that the allocator has kept would hide memory that is taken now.
         ctypes.CDLL(None).malloc_trim(0) if hasattr(ctypes.CDLL(None), "malloc_trim") else None
-        self._resettable = _reset_high_water()
         self._before = _status("VmRSS") or 0
         if device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget peaks up to now: what is held still counts, what was held for a while does not."""
+        self._resettable = _reset_high_water()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
 
     def peak(self) -> dict[str, int | None]:
         host = _status("VmHWM") if self._resettable else None

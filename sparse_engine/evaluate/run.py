@@ -113,6 +113,7 @@ def generate(loaded: Loaded, pairs: Sequence[Pair], folder: Path, settings: Eval
         if found["description"] != description:
             raise InputError(f"{folder} holds an evaluation with other settings or examples; choose another --out")
         return found
+    loaded.meter.restart()
     summaries = generate_summaries(
         loaded.model,
         loaded.tokenizer,
