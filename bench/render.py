@@ -56,8 +56,32 @@ def summaries(content: dict[str, Any]) -> str:
     return table(header, body)
 
 
+_ENGINES = {"hf-eager": "transformers", "hf-static": "transformers, static cache, compiled", "sparse-engine": "engine"}
+
+
+def generation(content: dict[str, Any]) -> str:
+    """Milliseconds per token of every way to run a model, with the speed-up over the engine's own dense model."""
+    rows = content["rows"]
+    ways = list(dict.fromkeys((row["engine"], row["pattern"], row["values"]) for row in rows))
+    found = {(row["model"], row["batch"], row["engine"], row["pattern"], row["values"]): row for row in rows}
+    body = []
+    for model, batch in dict.fromkeys((row["model"], row["batch"]) for row in rows):
+        dense = found.get((model, batch, "sparse-engine", "dense", "bf16"))
+        cells = [f"{model}, batch {batch}"]
+        for way in ways:
+            row = found.get((model, batch, *way))
+            if row is None:
+                cells.append("–")
+                continue
+            gain = f" ({dense['ms_per_token'] / row['ms_per_token']:.2f}×)" if dense and row is not dense else ""
+            cells.append(f"{row['ms_per_token']:.3g} ms{gain}")
+        body.append(cells)
+    return table(["ms per token", *(f"{_ENGINES[engine]}, {pattern} {values}" for engine, pattern, values in ways)], body)
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "linear-decode": linear_tables,
+    "generate": generation,
     "pruning-quality": quality,
     "size-and-memory": sizes,
     "summarise-summ-28m-bf16": summaries,
