@@ -119,6 +119,31 @@ def test_product_of_few_rows(pattern: str, shape: tuple[int, int], dtype: torch.
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("pattern", "shape"),
+    [
+        ("2:4", (1, 4)),
+        ("2:4", (29, 100)),
+        ("2:4", (200, 192)),
+        ("1:2", (7, 66)),
+        ("4:8", (13, 1048)),
+        ("0.5", (31, 7)),
+        ("0.9", (200, 129)),
+    ],
+    ids=str,
+)
+def test_product_of_many_rows(pattern: str, shape: tuple[int, int], dtype: torch.dtype, level: str) -> None:
+    """Blocks of 16 and 32 activation rows, steps of 12, 4 and 1 weight rows, tiles and panels that are full and not."""
+    torch.manual_seed(0)
+    packed = pack(pattern, shape, dtype)
+    bias = torch.randn(shape[0]).to(dtype)
+    for m in (9, 16, 17, 31, 32, 33, 49):
+        x = torch.randn(m, shape[1]).to(dtype)
+        with_bias = bias if m % 2 else None
+        assert_close(native_product(x, packed, with_bias, 2), expected(x, packed, with_bias), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 31), (6, 33), (9, 129), (130, 1001), (8, 2048)], ids=str)
 def test_dense_product(shape: tuple[int, int], dtype: torch.dtype, level: str) -> None:
     torch.manual_seed(0)
@@ -256,7 +281,7 @@ def test_nothing_behind_the_tensors_is_read(pattern: str, shape: tuple[int, int]
         tensors = (placed["values"], None, placed["bitmask"], placed.get("row_offsets"))
         bias = fence.place(torch.randn(shape[0]).to(dtype))
         dense = fence.place(unpacked(packed))
-        for m in (1, 3, 8):
+        for m in (1, 3, 8, 18):
             x = fence.place(torch.randn(m, shape[1]).to(dtype))
             out = fence.place(torch.full((m, shape[0]), float("nan"), dtype=dtype))
             native.linear(x, *tensors, bias, *nm(packed), out, 2)

@@ -117,7 +117,11 @@ struct Int4 {
     return _mm_shuffle_epi8(sign, _mm_and_si128(pairs, low));
   }
   inline void take(int n) { nibbles += uint64_t(n); }
-  static inline float scale(const uint8_t* scales, int64_t group) { return Fp16::load(scales + 2 * group); }
+  static inline float scale(const uint8_t* scales, int64_t group) {
+    uint16_t half;
+    memcpy(&half, scales + 2 * group, sizeof half);
+    return _cvtsh_ss(half);
+  }
 };
 
 template <class X>
@@ -192,11 +196,14 @@ struct Block {
   template <int... r>
   Block(const Rows& rows, const void* activations, std::integer_sequence<int, r...>)
       : rows(rows), x(static_cast<const uint8_t*>(activations) + kActivationHeader), source{V(rows.values[r])...} {
-    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+    for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
         total[i][m] = _mm256_setzero_ps();
         sum[i][m] = _mm256_setzero_si256();
       }
+    }
   }
 
   inline void multiply(const __m256i (&w)[R]) {
@@ -217,8 +224,10 @@ struct Block {
 
   // Adds the integer sums to the totals: of int4 at the end of each group.
   inline void flush(int64_t group) {
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       __m256 scale = _mm256_set1_ps(V::kGroups ? V::scale(rows.scales[r], group) : 1.0f);
+#pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
         __m256i wide = V::kGroups ? _mm256_madd_epi16(sum[r][m], _mm256_set1_epi16(1)) : sum[r][m];
         total[r][m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(wide), scale, total[r][m]);
@@ -252,6 +261,7 @@ struct Block {
   inline void rest(int64_t group, int64_t columns) {
     for (int64_t c = 128 * group; c < columns; c += 32) {
       __m256i w[R];
+#pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         if constexpr (kind == Kind::kDense) {
           alignas(32) uint8_t padded[32] = {};
@@ -259,7 +269,7 @@ struct Block {
           source[r].values += 32;
           w[r] = load_256(padded);
         } else {
-          uint64_t bits = tail_bits(rows.bitmask[r], c / 64, columns - c / 64 * 64 < 64 ? columns : c / 64 * 64 + 64);
+          uint64_t bits = word_bits(rows.bitmask[r], c / 64, columns);
           w[r] = expand_any(source[r], uint32_t(bits >> (c % 64)));
         }
       }
@@ -269,9 +279,12 @@ struct Block {
   }
 
   inline void finish(const float* x_scales, float* out) const {
-    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
       for (int m = 0; m < M; ++m)
         out[r * M + m] = sum_of(total[r][m]) * x_scales[m] * (V::kGroups ? 1.0f : Fp32::load(rows.scales[r]));
+    }
   }
 };
 
@@ -291,7 +304,7 @@ void expand_row(const Rows& rows, int64_t columns, void* out) {
   auto target = static_cast<typename Out::Storage*>(out);
   for (int64_t c = 0; c < columns; c += 32) {
     alignas(32) int8_t w[32];
-    uint64_t bits = tail_bits(rows.bitmask[0], c / 64, columns - c / 64 * 64 < 64 ? columns : c / 64 * 64 + 64);
+    uint64_t bits = word_bits(rows.bitmask[0], c / 64, columns);
     _mm256_store_si256(reinterpret_cast<__m256i*>(w), expand_any(source, uint32_t(bits >> (c % 64))));
     float scale = V::scale(rows.scales[0], c / 128);
     for (int64_t i = 0; i < 32 && c + i < columns; ++i)

@@ -9,6 +9,8 @@
 
 #include <immintrin.h>
 
+#include <utility>
+
 #include "kernels.h"
 #include "numeric.h"
 #include "sparse_engine.h"
@@ -19,7 +21,19 @@ namespace {
 // The compiler's popcount of a half-word may be a call without -mpopcnt; here it is one instruction.
 inline int count(uint64_t bits) { return int(_mm_popcnt_u64(bits)); }
 
+// The same where at most half of the mask's bits are set: a load of half a register crosses a cache line half as often.
+inline __m512i expand_half_words(const uint8_t* values, uint32_t mask) {
+  return _mm512_maskz_expand_epi16(mask, _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values))));
+}
+
 inline __m512i expand_words(const uint8_t* values, uint32_t mask) { return _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values)); }
+
+// Kept in a register: several rows use it, and as an operand in memory it would take a load slot for each of them.
+template <class Register>
+inline Register held(Register x) {
+  __asm__("" : "+v"(x));
+  return x;
+}
 
 inline __mmask32 first(int64_t n) { return n >= 32 ? 0xffffffffu : (1u << n) - 1; }
 
@@ -36,10 +50,13 @@ struct Bf16Step : Bf16 {
   static constexpr int kXBytes = 2;
   using Weights = __m512i;
   static inline Weights expand(const uint8_t* values, uint32_t mask) { return expand_words(values, mask); }
+  static inline Weights expand_half(const uint8_t* values, uint32_t mask) { return expand_half_words(values, mask); }
   static inline Weights widen(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static inline Weights widen(const uint8_t* p, int64_t n) { return _mm512_maskz_loadu_epi16(first(n), p); }
-  static inline __m512 multiply(Weights w, const uint8_t* x, __m512 sum) {
-    return _mm512_dpbf16_ps(sum, __m512bh(w), __m512bh(_mm512_loadu_si512(x)));
+  using Activations = __m512i;
+  static inline Activations load(const uint8_t* x) { return held(_mm512_loadu_si512(x)); }
+  static inline __m512 multiply(const Weights& w, const Activations& x, __m512 sum) {
+    return _mm512_dpbf16_ps(sum, __m512bh(w), __m512bh(x));
   }
   static inline void pack(Bf16, const uint8_t* from, int64_t n, uint8_t* to) { _mm512_storeu_si512(to, widen(from, n)); }
   template <class X>
@@ -59,11 +76,13 @@ struct Fp16Step : Fp16 {
     return {_mm512_cvtph_ps(_mm512_castsi512_si256(halves)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1))};
   }
   static inline Weights expand(const uint8_t* values, uint32_t mask) { return convert(expand_words(values, mask)); }
+  static inline Weights expand_half(const uint8_t* values, uint32_t mask) { return convert(expand_half_words(values, mask)); }
   static inline Weights widen(const uint8_t* p) { return convert(_mm512_loadu_si512(p)); }
   static inline Weights widen(const uint8_t* p, int64_t n) { return convert(_mm512_maskz_loadu_epi16(first(n), p)); }
-  static inline __m512 multiply(Weights w, const uint8_t* x, __m512 sum) {
-    sum = _mm512_fmadd_ps(w.low, _mm512_loadu_ps(x), sum);
-    return _mm512_fmadd_ps(w.high, _mm512_loadu_ps(x + 64), sum);
+  using Activations = Weights;
+  static inline Activations load(const uint8_t* x) { return {held(_mm512_loadu_ps(x)), held(_mm512_loadu_ps(x + 64))}; }
+  static inline __m512 multiply(const Weights& w, const Activations& x, __m512 sum) {
+    return _mm512_fmadd_ps(w.high, x.high, _mm512_fmadd_ps(w.low, x.low, sum));
   }
   template <class X>
   static inline void pack(X x, const uint8_t* from, int64_t n, uint8_t* to) {
@@ -79,9 +98,14 @@ struct Fp32Step : Fp32 {
   static inline Weights expand(const uint8_t* values, uint32_t mask) {
     return _mm512_maskz_expand_ps(__mmask16(mask), _mm512_loadu_ps(values));
   }
+  static inline Weights expand_half(const uint8_t* values, uint32_t mask) {
+    return _mm512_maskz_expand_ps(__mmask16(mask), _mm512_castps256_ps512(_mm256_loadu_ps(reinterpret_cast<const float*>(values))));
+  }
   static inline Weights widen(const uint8_t* p) { return _mm512_loadu_ps(p); }
   static inline Weights widen(const uint8_t* p, int64_t n) { return _mm512_maskz_loadu_ps(__mmask16(first(n)), p); }
-  static inline __m512 multiply(Weights w, const uint8_t* x, __m512 sum) { return _mm512_fmadd_ps(w, _mm512_loadu_ps(x), sum); }
+  using Activations = __m512;
+  static inline Activations load(const uint8_t* x) { return held(_mm512_loadu_ps(x)); }
+  static inline __m512 multiply(const Weights& w, const Activations& x, __m512 sum) { return _mm512_fmadd_ps(w, x, sum); }
   template <class X>
   static inline void pack(X x, const uint8_t* from, int64_t n, uint8_t* to) {
     _mm512_storeu_ps(to, load_fp32(x, from, n));
@@ -103,8 +127,9 @@ void pack_x(const void* x, int m, int64_t columns, int64_t padded_columns, void*
 }
 
 // Bytes ahead of its row's pointer that a prefetch touches. Rows of one stream lie end to end, so it runs on into the next.
-constexpr int kPrefetch = 2048;
-constexpr int kPrefetchBitmask = 512;
+// The bitmasks are left to the hardware: its prefetchers follow them, and fewer instructions compete with the expansion.
+constexpr int kPrefetch = 512;
+constexpr int kPrefetchDense = 1024;
 
 template <class T, int M, int R>
 struct Block {
@@ -126,12 +151,24 @@ struct Block {
     multiply(w);
   }
 
+  // The c-th columns of a word that keeps half of them. Its mask goes from memory to a mask register once and is shifted there,
+  // which costs no slot of the pipes that expand and multiply.
+  template <int c>
+  inline void half_step(const __mmask64 (&bits)[R]) {
+    typename T::Weights w[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+      w[r] = T::expand_half(values[r] + c / 2 * kBytes, uint32_t(_kshiftri_mask64(bits[r], c)));
+    multiply(w);
+  }
+
   inline void multiply(const typename T::Weights (&w)[R]) {
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
+      typename T::Activations xm = T::load(x + m * T::kColumns * T::kXBytes);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r)
-        sum[r][m] = T::multiply(w[r], x + m * T::kColumns * T::kXBytes, sum[r][m]);
+        sum[r][m] = T::multiply(w[r], xm, sum[r][m]);
     }
     x += M * T::kColumns * T::kXBytes;
   }
@@ -151,27 +188,49 @@ struct Block {
   }
 };
 
-template <class T, int M, int R>
+inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+
+template <class T, int M, int R, int... step>
+inline void half_word(Block<T, M, R>& block, const __mmask64 (&masks)[R], std::integer_sequence<int, step...>) {
+  (block.template half_step<step * T::kColumns>(masks), ...);
+}
+
+// Half: every mask byte keeps 4 values.
+template <class T, int M, int R, bool Half>
 void packed_rows(const Rows& rows, const void* x, int64_t columns, float* out) {
-  const uint8_t* const* bitmask = rows.bitmask;
   Block<T, M, R> block(rows.values, x);
+  const uint8_t* bitmask[R];
+  for (int r = 0; r < R; ++r)
+    bitmask[r] = rows.bitmask[r];
   uint64_t bits[R];
   int64_t words = columns / 64;
   for (int64_t word = 0; word < words; ++word) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      memcpy(&bits[r], bitmask[r] + 8 * word, 8);
-      _mm_prefetch(reinterpret_cast<const char*>(bitmask[r] + 8 * word + kPrefetchBitmask), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(block.values[r] + kPrefetch), _MM_HINT_T0);
-      if (Block<T, M, R>::kBytes == 4) _mm_prefetch(reinterpret_cast<const char*>(block.values[r] + kPrefetch + 64), _MM_HINT_T0);
+      prefetch(block.values[r] + kPrefetch);
+      if (block.kBytes == 4) prefetch(block.values[r] + kPrefetch + 64);
+      if (!Half) memcpy(&bits[r], bitmask[r], 8);
+    }
+    if constexpr (Half) {
+      __mmask64 masks[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r)
+        masks[r] = _load_mask64(reinterpret_cast<__mmask64*>(const_cast<uint8_t*>(bitmask[r])));
+      half_word(block, masks, std::make_integer_sequence<int, 64 / T::kColumns>{});
+    } else {
+#pragma GCC unroll 4
+      for (int c = 0; c < 64; c += T::kColumns)
+        block.step(bits);
     }
 #pragma GCC unroll 4
-    for (int c = 0; c < 64; c += T::kColumns)
-      block.step(bits);
+    for (int r = 0; r < R; ++r) {
+      if (Half) block.values[r] += 32 * block.kBytes;
+      bitmask[r] += 8;
+    }
   }
   if (int64_t left = columns - 64 * words; left != 0) {
     for (int r = 0; r < R; ++r)
-      bits[r] = tail_bits(bitmask[r], words, columns);
+      bits[r] = tail_bits(rows.bitmask[r], words, columns);
     for (int64_t c = 0; c < left; c += T::kColumns)
       block.step(bits);
   }
@@ -186,7 +245,7 @@ void dense_rows(const Rows& rows, const void* x, int64_t columns, float* out) {
   for (int64_t i = 0; i < columns / T::kColumns; ++i) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      _mm_prefetch(reinterpret_cast<const char*>(block.values[r] + kPrefetch), _MM_HINT_T0);
+      prefetch(block.values[r] + kPrefetchDense);
       w[r] = T::widen(block.values[r]);
       block.values[r] += kStepBytes;
     }
@@ -205,7 +264,7 @@ void expand_to_half(const Rows& rows, int64_t columns, void* out) {
   const uint8_t* bitmask = rows.bitmask[0];
   auto target = static_cast<uint8_t*>(out);
   for (int64_t c = 0; c < columns; c += 64) {
-    uint64_t bits = tail_bits(bitmask, c / 64, columns - c < 64 ? columns : c + 64);
+    uint64_t bits = word_bits(bitmask, c / 64, columns);
     for (int64_t h = c; h < columns && h < c + 64; h += 32, bits >>= 32) {
       _mm512_mask_storeu_epi16(target + 2 * h, first(columns - h), expand_words(values, uint32_t(bits)));
       values += 2 * count(uint32_t(bits));
@@ -230,7 +289,7 @@ void expand_to_fp32(const Rows& rows, int64_t columns, void* out) {
   const uint8_t* bitmask = rows.bitmask[0];
   auto target = static_cast<float*>(out);
   for (int64_t c = 0; c < columns; c += 64) {
-    uint64_t bits = tail_bits(bitmask, c / 64, columns - c < 64 ? columns : c + 64);
+    uint64_t bits = word_bits(bitmask, c / 64, columns);
     for (int64_t h = c; h < columns && h < c + 64; h += 16, bits >>= 16) {
       auto mask = __mmask16(bits);
       _mm512_mask_storeu_ps(target + h, __mmask16(first(columns - h)), expand_16(T{}, values, mask));
@@ -244,8 +303,9 @@ constexpr int rows_for(int m) { return m == 1 ? 4 : 3; }
 
 template <class T, int M>
 void fill(ValueKernels& set) {
-  set.packed[0][M] = set.packed[1][M] = packed_rows<T, M, rows_for(M)>;
-  set.packed_one[M] = packed_rows<T, M, 1>;
+  set.packed[0][M] = packed_rows<T, M, rows_for(M), false>;
+  set.packed[1][M] = packed_rows<T, M, rows_for(M), true>;
+  set.packed_one[M] = packed_rows<T, M, 1, false>;
   set.dense[M] = dense_rows<T, M, rows_for(M)>;
   set.dense_one[M] = dense_rows<T, M, 1>;
   if constexpr (M > 1) fill<T, M - 1>(set);
@@ -270,11 +330,14 @@ ValueKernels kernels_for(int dtype, ExpandRow expand, ExpandRow expand_fp32) {
 } // namespace
 
 const KernelSet& avx512_kernels() {
-  static const KernelSet set{"avx512",
-                             {kernels_for<Bf16Step>(SPARSE_ENGINE_BF16, expand_to_half, expand_to_fp32<Bf16>),
-                              kernels_for<Fp16Step>(SPARSE_ENGINE_FP16, expand_to_half, expand_to_fp32<Fp16>),
-                              kernels_for<Fp32Step>(SPARSE_ENGINE_FP32, expand_to_fp32<Fp32>, expand_to_fp32<Fp32>), avx512_int8(),
-                              avx512_int4()}};
+  static const KernelSet set = [] {
+    KernelSet all{"avx512",
+                  {kernels_for<Bf16Step>(SPARSE_ENGINE_BF16, expand_to_half, expand_to_fp32<Bf16>),
+                   kernels_for<Fp16Step>(SPARSE_ENGINE_FP16, expand_to_half, expand_to_fp32<Fp16>),
+                   kernels_for<Fp32Step>(SPARSE_ENGINE_FP32, expand_to_fp32<Fp32>, expand_to_fp32<Fp32>), avx512_int8(), avx512_int4()}};
+    add_avx512_panels(all.values);
+    return all;
+  }();
   return set;
 }
 

@@ -59,8 +59,7 @@ void pack_x(const void* x, int m, int64_t columns, int64_t padded_columns, void*
 }
 
 // Bytes ahead of its row's pointer that a prefetch touches. Rows of one stream lie end to end, so it runs on into the next.
-constexpr int kPrefetch = 1536;
-constexpr int kPrefetchBitmask = 512;
+constexpr int kPrefetch = 512;
 
 inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 
@@ -120,6 +119,8 @@ struct Int8 {
 
 struct Int4 {
   static constexpr bool kGroups = true;
+  // The matrix over bits that keeps the low four and copies the fourth upwards.
+  static constexpr long long kSignCopies = 0x0102040808080808;
   const uint8_t* values;
   uint64_t nibbles = 0; // values taken so far
 
@@ -145,19 +146,32 @@ struct Int4 {
     p.sum = times_128(_mm512_add_epi8(p.w[0], p.w[1]));
     return p;
   }
+  // Both words keep 32 values. In halves of a register, as an expansion reads its source from the bottom.
   inline Pair half(uint64_t m0, uint64_t m1) {
-    __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + nibbles / 2));
-    __m512i v = spread(_mm512_cvtepu32_epi64(packed), 0);
+    const __m256i from = _mm256_set1_epi64x(0x1c1814100c080400), copies = _mm256_set1_epi64x(kSignCopies);
+    __m256i v[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      __m256i lanes = _mm256_cvtepu32_epi64(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values + nibbles / 2 + 16 * i)));
+      v[i] = _mm256_gf2p8affine_epi64_epi8(_mm256_multishift_epi64_epi8(from, lanes), copies, 0);
+    }
     nibbles += 64;
-    return {{_mm512_maskz_expand_epi8(m0, v), _mm512_maskz_expand_epi8(m1, _mm512_castsi256_si512(_mm512_extracti64x4_epi64(v, 1)))},
-            times_128(v)};
+    // Sums of two values fit a byte, and it does not matter which lane of the result they fall into.
+    __m256i sum = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(char(0x80)), _mm256_add_epi8(v[0], v[1]));
+    return {{_mm512_maskz_expand_epi8(m0, _mm512_castsi256_si512(v[0])), _mm512_maskz_expand_epi8(m1, _mm512_castsi256_si512(v[1]))},
+            _mm512_zextsi256_si512(sum)};
   }
   static inline __m512 scale(const uint8_t* scales, int64_t pair) {
     int16_t half;
     memcpy(&half, scales + 2 * pair, sizeof half);
     return _mm512_cvtph_ps(_mm256_set1_epi16(half));
   }
+  // The next 16 (or `left`) scales as fp32: one conversion for 16 pairs.
+  static inline __m512 scales(const uint8_t* scales, int64_t pair, int64_t left) { return load_fp32(Fp16{}, scales + 2 * pair, left); }
 };
+
+// What vpdpbusd sums: with the general type of integer registers, GCC keeps arrays of sums in memory.
+typedef int32_t Int32x16 __attribute__((vector_size(64)));
 
 enum class Kind { kAny, kHalf, kDense };
 
@@ -169,34 +183,40 @@ struct Block {
   const Rows& rows;
   const uint8_t* x;
   V source[R];
-  __m512i sum[R][M], weights[R];
+  Int32x16 sum[R][M], weights[R];
   __m512 total[R][M];
+  static constexpr int kScales = 16; // pairs of int4 whose scales are converted at once
 
   template <int... r>
   Block(const Rows& rows, const void* activations, std::integer_sequence<int, r...>)
       : rows(rows), x(static_cast<const uint8_t*>(activations) + kActivationHeader), source{V(rows.values[r])...} {
-    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+    for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 8
       for (int m = 0; m < M; ++m)
         total[i][m] = _mm512_setzero_ps();
+    }
     clear();
   }
 
   inline void clear() {
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      weights[r] = _mm512_setzero_si512();
+      weights[r] = Int32x16{};
+#pragma GCC unroll 8
       for (int m = 0; m < M; ++m)
-        sum[r][m] = _mm512_setzero_si512();
+        sum[r][m] = Int32x16{};
     }
   }
 
-  inline void multiply(const Pair (&p)[R], int64_t pair) {
+  inline void multiply(const Pair (&p)[R], const float (&scales)[R][kScales], int64_t pair) {
     if constexpr (V::kGroups) {
       __m512i start[R];
       __m512 scale[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         start[r] = _mm512_sub_epi32(_mm512_setzero_si512(), p[r].sum);
-        scale[r] = V::scale(rows.scales[r], pair);
+        scale[r] = _mm512_set1_ps(scales[r][pair % kScales]);
       }
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
@@ -210,13 +230,13 @@ struct Block {
     } else {
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r)
-        weights[r] = _mm512_add_epi32(weights[r], p[r].sum);
+        weights[r] += Int32x16(p[r].sum);
 #pragma GCC unroll 16
       for (int i = 0; i < 2 * M; ++i) {
         __m512i xs = _mm512_loadu_si512(x + 64 * i);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r)
-          sum[r][i % M] = _mm512_dpbusd_epi32(sum[r][i % M], xs, p[r].w[i / M]);
+          sum[r][i % M] = Int32x16(_mm512_dpbusd_epi32(__m512i(sum[r][i % M]), xs, p[r].w[i / M]));
       }
     }
     x += 128 * M;
@@ -224,15 +244,24 @@ struct Block {
 
   inline void flush() {
     if constexpr (!V::kGroups) {
-      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
         for (int m = 0; m < M; ++m)
-          total[r][m] = _mm512_add_ps(total[r][m], _mm512_cvtepi32_ps(_mm512_sub_epi32(sum[r][m], weights[r])));
+          total[r][m] = _mm512_add_ps(total[r][m], _mm512_cvtepi32_ps(__m512i(sum[r][m] - weights[r])));
+      }
       clear();
     }
   }
 
   inline void pairs(int64_t begin, int64_t end) {
+    alignas(64) float scales[R][kScales];
     for (int64_t i = begin; i < end; ++i) {
+      if constexpr (V::kGroups) {
+        if (i % kScales == 0)
+          for (int r = 0; r < R; ++r)
+            _mm512_store_ps(scales[r], V::scales(rows.scales[r], i, end - i));
+      }
       Pair p[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
@@ -241,14 +270,13 @@ struct Block {
           p[r] = source[r].dense();
         } else {
           const uint8_t* bitmask = rows.bitmask[r] + 16 * i;
-          prefetch(bitmask + kPrefetchBitmask);
           if constexpr (kind == Kind::kHalf)
             p[r] = source[r].half(load_bits(bitmask), load_bits(bitmask + 8));
           else
             p[r] = source[r].any(load_bits(bitmask), load_bits(bitmask + 8));
         }
       }
-      multiply(p, i);
+      multiply(p, scales, i);
     }
   }
 
@@ -257,7 +285,9 @@ struct Block {
     int64_t left = columns - 128 * pair;
     if (left == 0) return;
     __m512i w[2][R];
-    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
         int64_t word = 2 * pair + half;
         if (64 * word >= columns) {
@@ -267,10 +297,13 @@ struct Block {
         if constexpr (kind == Kind::kDense)
           w[half][r] = source[r].dense_word(columns - 64 * word);
         else
-          w[half][r] = source[r].word(tail_bits(rows.bitmask[r], word, columns - 64 * word < 64 ? columns : 64 * word + 64));
+          w[half][r] = source[r].word(word_bits(rows.bitmask[r], word, columns));
       }
+    }
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       __m512i offset = _mm512_add_epi32(times_128(w[0][r]), times_128(w[1][r]));
+#pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
         __m512i t = _mm512_dpbusd_epi32(_mm512_sub_epi32(_mm512_setzero_si512(), offset), _mm512_loadu_si512(x + 64 * m), w[0][r]);
         if (left > 64) t = _mm512_dpbusd_epi32(t, _mm512_loadu_si512(x + 64 * (M + m)), w[1][r]);
@@ -281,9 +314,12 @@ struct Block {
   }
 
   inline void finish(const float* x_scales, float* out) const {
-    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
       for (int m = 0; m < M; ++m)
         out[r * M + m] = _mm512_reduce_add_ps(total[r][m]) * x_scales[m] * (V::kGroups ? 1.0f : Fp32::load(rows.scales[r]));
+    }
   }
 };
 
@@ -313,7 +349,7 @@ void expand_row(const Rows& rows, int64_t columns, void* out) {
   auto target = static_cast<uint8_t*>(out);
   for (int64_t c = 0; c < columns; c += 64) {
     alignas(64) int8_t word[64];
-    _mm512_store_si512(word, source.word(tail_bits(rows.bitmask[0], c / 64, columns - c < 64 ? columns : c + 64)));
+    _mm512_store_si512(word, source.word(word_bits(rows.bitmask[0], c / 64, columns)));
     __m512 scale = V::scale(rows.scales[0], c / 128);
     for (int64_t i = 0; i < 64 && c + i < columns; i += 16) {
       __m512 w = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(word + i))));

@@ -27,6 +27,12 @@ namespace {
 constexpr int64_t kBytesPerThread = 32 << 10;
 // Chunks per thread, so that a thread that loses its core for a while holds the others up by one chunk only.
 constexpr int64_t kChunksPerThread = 4;
+// Rows of a panel come in multiples of this, the steps of its kernels.
+constexpr int64_t kPanelGranule = 24;
+// A panel sums int8 products of whole rows in int32: 127 · 127 times this stays below 2^31.
+constexpr int64_t kMostPanelColumns = 1 << 17;
+// Fewer activation rows than this are packed by the calling thread: a parallel region costs more.
+constexpr int64_t kPackedByOne = 16;
 
 // Memory that grows to the largest product seen by the calling thread and is kept for its next one.
 struct Scratch {
@@ -55,6 +61,16 @@ int threads_for(int64_t bytes, int32_t threads) {
   return 1;
 #endif
 }
+
+int thread_number() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+constexpr size_t aligned(size_t bytes) { return (bytes + size_t(kAlignment) - 1) / size_t(kAlignment) * size_t(kAlignment); }
 
 // Calls work(begin, end) for chunks that cover 0 .. rows - 1.
 template <class Work>
@@ -104,6 +120,7 @@ struct Linear::Groups {
 Linear::Linear(const KernelSet& set, const Weight& weight)
     : kernels_(set.values[weight.type]), w_(weight),
       half_(weight.bitmask && !weight.row_offsets && weight.group > 0 && 8 % weight.group == 0 && 2 * weight.row_values == weight.columns),
+      pairs_(half_ && weight.group <= 4 && weight.columns % 4 == 0),
       padded_columns_((weight.columns + kColumnPad - 1) / kColumnPad * kColumnPad), tail_row_(weight.rows) {
   if (!w_.bitmask) return;
   while (tail_row_ > 0 && (w_.values_count - w_.start(tail_row_)) * element_bytes(w_.type) < kOverread)
@@ -130,13 +147,26 @@ const uint8_t* Linear::values(int64_t row) const {
   return row >= tail_row_ ? tail_ + (start - w_.start(tail_row_) * element) : w_.values + start;
 }
 
-size_t Linear::activation_bytes(int64_t m) const { return size_t(Groups(*this, m).offset(Groups(*this, m).count)); }
+const PanelKernels* Linear::panel_for(int64_t m) const {
+  const PanelKernels& panel = kernels_.panel[pairs_ && kernels_.panel[1].products];
+  if (w_.type == SPARSE_ENGINE_INT8 && w_.columns > kMostPanelColumns) return nullptr;
+  return w_.bitmask && panel.products && m >= panel.least_m ? &panel : nullptr;
+}
 
-size_t Linear::scratch_bytes(int64_t) const { return 0; }
+size_t Linear::activation_bytes(int64_t m) const {
+  if (const PanelKernels* panel = panel_for(m)) return panel->activation_bytes(m, w_.columns);
+  return size_t(Groups(*this, m).offset(Groups(*this, m).count));
+}
 
-int64_t Linear::granule(int64_t m) const { return m == 1 ? kernels_.rows_one : kernels_.rows_many; }
+size_t Linear::scratch_bytes(int64_t m) const {
+  const PanelKernels* panel = panel_for(m);
+  return panel ? panel->scratch_bytes(m, w_.columns) : 0;
+}
+
+int64_t Linear::granule(int64_t m) const { return panel_for(m) ? kPanelGranule : m == 1 ? kernels_.rows_one : kernels_.rows_many; }
 
 void Linear::pack(const void* x, int32_t x_dtype, int64_t m, void* packed, int64_t part, int64_t parts) const {
+  if (const PanelKernels* panel = panel_for(m)) return panel->pack[x_dtype](x, m, w_.columns, packed, part, parts);
   Groups groups(*this, m);
   Range range = share(groups.count, 1, part, parts);
   for (int64_t g = range.begin; g < range.end; ++g)
@@ -156,7 +186,20 @@ Rows Linear::at(const int64_t* rows, int64_t n) const {
 
 // The range is cut into R runs of consecutive rows; step t takes row t of each, so that every run is one long sequential
 // stream, across row ends.
-void Linear::rows(const void* packed, int64_t m, int64_t begin, int64_t end, const Output& y, void*) const {
+void Linear::rows(const void* packed, int64_t m, int64_t begin, int64_t end, const Output& y, void* scratch) const {
+  if (const PanelKernels* panel = panel_for(m)) {
+    for (int64_t first = begin; first < end; first += kPanelRows) {
+      PanelRow rows[kPanelRows];
+      int64_t n = std::min<int64_t>(kPanelRows, end - first);
+      for (int64_t i = 0; i < n; ++i) {
+        int64_t row = first + i;
+        Rows where = at(&row, 1);
+        rows[i] = {where.values[0], where.bitmask[0], where.scales[0]};
+      }
+      panel->products(rows, n, packed, m, w_.columns, y, first, scratch);
+    }
+    return;
+  }
   Groups groups(*this, m);
   const RowsByActivations* many = w_.bitmask ? kernels_.packed[half_] : kernels_.dense;
   const RowsByActivations* one = w_.bitmask ? kernels_.packed_one : kernels_.dense_one;
@@ -188,13 +231,23 @@ void Linear::expand(int64_t row, int32_t out_dtype, void* out) const { kernels_.
 
 int32_t linear(const KernelSet& set, const Weight& weight, int32_t x_dtype, const void* x, int64_t m, const Output& y, int32_t threads) {
   Linear product(set, weight);
-  size_t x_bytes = product.activation_bytes(m);
-  uint8_t* memory = scratch.get(x_bytes + product.tail_bytes() + kAlignment);
+  int used = threads_for(weight.bytes() * std::max<int64_t>(1, m / 8), threads);
+  size_t x_bytes = aligned(product.activation_bytes(m)), tail_bytes = aligned(product.tail_bytes());
+  size_t scratch_bytes = aligned(product.scratch_bytes(m));
+  uint8_t* memory = scratch.get(x_bytes + tail_bytes + size_t(used) * scratch_bytes + kAlignment);
   if (!memory) return SPARSE_ENGINE_OUT_OF_MEMORY;
-  product.pack(x, x_dtype, m, memory);
   product.place_tail(memory + x_bytes);
-  for_chunks(weight.rows, product.granule(m), threads_for(weight.bytes(), threads),
-             [&](int64_t begin, int64_t end) { product.rows(memory, m, begin, end, y, nullptr); });
+  if (m < kPackedByOne) {
+    product.pack(x, x_dtype, m, memory);
+  } else {
+    for_chunks(used, 1, used, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part)
+        product.pack(x, x_dtype, m, memory, part, used);
+    });
+  }
+  for_chunks(weight.rows, product.granule(m), used, [&](int64_t begin, int64_t end) {
+    product.rows(memory, m, begin, end, y, memory + x_bytes + tail_bytes + size_t(thread_number()) * scratch_bytes);
+  });
   return SPARSE_ENGINE_OK;
 }
 

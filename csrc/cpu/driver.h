@@ -60,15 +60,6 @@ struct Weight {
   }
 };
 
-// Where a product's results go: y[j * stride + row] for activation row j and weight row `row`.
-struct Output {
-  int32_t dtype; // of data
-  void* data;
-  int64_t stride;
-  const void* bias; // (rows,), or NULL
-  int32_t bias_dtype;
-};
-
 struct Range {
   int64_t begin, end;
 };
@@ -113,9 +104,12 @@ private:
   Rows at(const int64_t* rows, int64_t n) const;
   const uint8_t* values(int64_t row) const;
 
+  const PanelKernels* panel_for(int64_t m) const; // NULL: products of m activation rows go in groups
+
   const ValueKernels& kernels_;
   Weight w_;
-  bool half_; // every mask byte keeps 4 values
+  bool half_;  // every mask byte keeps 4 values
+  bool pairs_; // every run of 4 columns keeps 2
   int64_t padded_columns_;
   int64_t tail_row_; // first row of the copy
   const uint8_t* tail_ = nullptr;

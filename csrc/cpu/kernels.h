@@ -4,6 +4,7 @@
 // linker could keep the copy with the newer instructions and run it on an older processor.
 #pragma once
 
+#include <stddef.h>
 #include <stdint.h>
 
 namespace sparse_engine {
@@ -44,6 +45,37 @@ using ExpandRow = void (*)(const Rows& rows, int64_t columns, void* out);
 // bytes. For int8 and int4 weights they are quantised row by row: scale = max |x| / 127, rounded to nearest.
 using PackActivations = void (*)(const void* x, int m, int64_t columns, int64_t padded_columns, void* packed);
 
+// Where a product's results go: y[j * stride + row] for activation row j and weight row `row`.
+struct Output {
+  int32_t dtype; // of data
+  void* data;
+  int64_t stride;
+  const void* bias; // (rows,), or NULL
+  int32_t bias_dtype;
+};
+
+constexpr int kPanelRows = 192; // weight rows that one call for a panel takes at most
+
+struct PanelRow {
+  const uint8_t* values;
+  const uint8_t* bitmask;
+  const uint8_t* scales;
+};
+
+// `n` packed weight rows, the first of them row `first_row` of y, by all m activation rows that pack wrote.
+using PanelProducts = void (*)(const PanelRow* rows, int64_t n, const void* packed, int64_t m, int64_t columns, const Output& y,
+                               int64_t first_row, void* scratch);
+
+// Products of many activation rows, which are bound by multiply-adds: a level without a kernel for them has no `products`.
+struct PanelKernels {
+  int64_t least_m; // activation rows from which this is the faster way
+  size_t (*activation_bytes)(int64_t m, int64_t columns);
+  size_t (*scratch_bytes)(int64_t m, int64_t columns);
+  // The part-th of `parts` shares of packing (m, columns) activations.
+  void (*pack[kDtypes])(const void* x, int64_t m, int64_t columns, void* packed, int64_t part, int64_t parts);
+  PanelProducts products;
+};
+
 // The kernels for weights of one type.
 struct ValueKernels {
   int x_bytes;                                       // bytes of one packed activation
@@ -56,6 +88,7 @@ struct ValueKernels {
   RowsByActivations dense[kMaxActivations + 1];      // int4: none
   RowsByActivations dense_one[kMaxActivations + 1];
   ExpandRow expand[kDtypes]; // [type of out]; NULL where a type of weight cannot be expanded to it
+  PanelKernels panel[2];     // [every run of 4 columns keeps 2]; without the second the first serves
 };
 
 struct KernelSet {
@@ -71,5 +104,6 @@ const KernelSet& avx512_kernels();
 ValueKernels scalar_int8(), scalar_int4();
 ValueKernels avx2_int8(), avx2_int4();
 ValueKernels avx512_int8(), avx512_int4();
+void add_avx512_panels(ValueKernels (&values)[kValueTypes]);
 
 } // namespace sparse_engine

@@ -79,5 +79,13 @@ inline uint64_t tail_bits(const uint8_t* bitmask, int64_t word, int64_t columns)
   return bits & (~uint64_t(0) >> (64 - left));
 }
 
+// The 64 bits of word `word`, of which fewer may belong to the row at its end.
+inline uint64_t word_bits(const uint8_t* bitmask, int64_t word, int64_t columns) {
+  if (columns - 64 * word < 64) return tail_bits(bitmask, word, columns);
+  uint64_t bits; // little-endian, as the bitmask is
+  memcpy(&bits, bitmask + 8 * word, sizeof bits);
+  return bits;
+}
+
 } // namespace
 } // namespace sparse_engine

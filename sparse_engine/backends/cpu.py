@@ -17,8 +17,11 @@ from sparse_engine.registry import Kernel, Layout, Problem, register
 from sparse_engine.value_types import PLAIN
 
 REGISTER_ROWS = 24
-"""Up to this many activation rows the weight is expanded in registers; above, a BLAS product over expanded tiles is faster
-(on AVX2 the two cross between 16 and 32 rows at every OPT shape tried)."""
+"""Up to this many activation rows the library multiplies at every instruction-set level; above, a BLAS product over expanded tiles is
+faster where the library has no kernel for many rows (on AVX2 the two cross between 16 and 32 rows at every OPT shape tried)."""
+
+MANY_ROWS = frozenset({"avx512"})
+"""Levels that have one."""
 
 TILE_BYTES = 1 << 20
 """Size of one expanded tile: small enough to be still in cache when the product reads it."""
@@ -75,7 +78,7 @@ def _linear(
     rows, columns = bitmask.shape[0], x.shape[-1]
     out = x.new_empty((*x.shape[:-1], rows))
     values, bitmask = values.contiguous(), bitmask.contiguous()
-    if out.numel() <= REGISTER_ROWS * rows:
+    if out.numel() <= REGISTER_ROWS * rows or native.isa() in MANY_ROWS:
         bias = None if bias is None else bias.contiguous()
         native.linear(x.contiguous(), values, scales, bitmask, row_offsets, bias, n, m, out, torch.get_num_threads())
         return out
