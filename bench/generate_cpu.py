@@ -12,6 +12,7 @@ that a plain read of memory had in the same rounds.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import sys
@@ -95,12 +96,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--name", default="generate.json")
+    parser.add_argument("--append", action="store_true", help="keep the file's rows of other models, batches and prompts")
     settings = parser.parse_args()
     rows: list[dict[str, Any]] = []
     file = (settings.out or Path("bench/results") / device_name()) / settings.name
     for name in settings.models.split(","):
         rows += measure(name, settings)
-        write_json(file, {"environment": environment(), "rows": rows})
+    kept = json.loads(file.read_text())["rows"] if settings.append and file.exists() else []
+    measured = {place(row) for row in rows}
+    write_json(file, {"environment": environment(), "rows": [row for row in kept if place(row) not in measured] + rows})
+
+
+def place(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[key] for key in ("model", "batch", "prompt_tokens", "new_tokens", "engine", "pattern", "values"))
 
 
 def measure(name: str, settings: argparse.Namespace) -> list[dict[str, Any]]:

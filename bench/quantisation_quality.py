@@ -1,7 +1,9 @@
 """Perplexity and size after quantising the kept values of a pruned model, against the same model with its own type of values.
 
 The checkpoint is pruned once by `sparse-engine convert`, and the packed result quantised by it; each is then loaded in float32. The
-perplexity is over whole held-out documents cut to --length tokens; the calibration text is other text of the same kind.
+perplexity is over whole held-out documents cut to --length tokens; the calibration text is other text of the same kind. It is taken
+of the forward over a whole document and, on a processor, of the decode step token by token, where activations that meet int8 and int4
+weights are rounded to int8 too, with the output head as it is and as int8.
 
     python bench/quantisation_quality.py --model $SPARSE_ENGINE_DATA/models/base-28m
 """
@@ -11,10 +13,14 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from reporting import device_name, environment, write_results
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from sparse_engine import SparseOPTForCausalLM, value_types
@@ -22,6 +28,8 @@ from sparse_engine.checkpoint import Checkpoint
 from sparse_engine.convert import convert
 from sparse_engine.data.calibration import calibration_tokens
 from sparse_engine.data.files import read_documents
+from sparse_engine.engine.cpu import int8_head
+from sparse_engine.engine.native_step import Decoder, Description
 from sparse_engine.evaluate.perplexity import document_perplexity
 from sparse_engine.pattern import SparsityPattern
 
@@ -32,7 +40,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=data / "models" / "base-28m")
     parser.add_argument("--calibration", type=Path, default=data / "data" / "validation.jsonl.gz")
     parser.add_argument("--heldout", type=Path, default=data / "data" / "test.jsonl.gz")
-    parser.add_argument("--documents", type=int, default=20)
+    parser.add_argument("--documents", type=int, default=10)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--pruner", default="sparsegpt")
@@ -58,13 +66,36 @@ def main() -> None:
                 out = pruned.out if name == value_types.PLAIN else convert(pruned.out, Path(folder) / name, values=name).out
                 layers = Checkpoint(out).packed_layers
                 model = SparseOPTForCausalLM.from_pretrained(out, dtype=torch.float32).to(settings.device)
-                measured = document_perplexity(model, documents, settings.length)
                 row = {"model": settings.model.name, "pruner": settings.pruner, "pattern": pattern}
                 row["values"] = name if name != value_types.PLAIN else str(next(iter(layers.values())).dtype).removeprefix("torch.")
-                row |= {"perplexity": measured.ppl, "tokens": measured.tokens, "packed_linear_nbytes": linear_nbytes(out)}
-                results.append(row)
-                print(row, flush=True)  # noqa: T201
+                row["packed_linear_nbytes"] = linear_nbytes(out)
+                ways: dict[tuple[str, str], Any] = {("forward", "float32"): model}
+                if settings.device == "cpu":
+                    ways["decode step", "float32"] = Stepwise(model, None, settings.length)
+                    ways["decode step", "int8"] = Stepwise(model, int8_head(model.lm_head.weight), settings.length)
+                for (path, head), way in ways.items():
+                    measured = document_perplexity(way, documents, settings.length)
+                    results.append(row | {"path": path, "head": head, "perplexity": measured.ppl, "tokens": measured.tokens})
+                    print(results[-1], flush=True)  # noqa: T201
     write_results(device_name(), "quantisation-quality", environment(), results)
+
+
+class Stepwise:
+    """A model whose logits come from the native decode step, one token after the other."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, model: Any, head: Mapping[str, Tensor] | None, slots: int) -> None:
+        self.description = Description(model, head=head)
+        self.decoder = Decoder(self.description, 1, slots)
+        described = self.description
+        shape = (described.layers, 1, described.heads, slots, described.hidden // described.heads)
+        self.keys, self.values = torch.zeros(shape), torch.zeros(shape)
+
+    def __call__(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+        start = torch.zeros(1, dtype=torch.int64)
+        steps = [self.decoder.step(token, start, start + i, self.keys, self.values) for i, token in enumerate(input_ids.T)]
+        return SimpleNamespace(logits=torch.stack(steps, 1))
 
 
 def linear_nbytes(path: Path) -> int:
