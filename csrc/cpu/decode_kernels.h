@@ -18,10 +18,11 @@ using Widen = void (*)(const void* x, int64_t n, float* y);
 using Narrow = void (*)(const float* x, int64_t n, void* y);
 
 // Softmax attention of one query with n cached keys and values (n, head_dim) of the function's type.
+//   next    what the caller will read then, of which the first bytes are fetched into cache; never read
 //   scores  n floats of scratch
 //   out     (head_dim,)
-using Attend = void (*)(const float* q, const void* keys, const void* values, int64_t n, int64_t head_dim, float scale, float* scores,
-                        float* out);
+using Attend = void (*)(const float* q, const void* keys, const void* values, const void* next, int64_t n, int64_t head_dim, float scale,
+                        float* scores, float* out);
 
 struct DecodeKernels {
   Normalise normalise;

@@ -338,14 +338,15 @@ private:
     int32_t dtype = d_.model.cache_dtype;
     int64_t row_bytes = dim * element_bytes(dtype);
     float scale = 1.0f / sqrtf(float(dim));
+    auto place = [&](int64_t i) { return ((index * batch_ * heads + i) * slots_ + starts_[i / heads]) * row_bytes; };
     auto one = [&](int64_t i) {
-      int64_t b = i / heads, start = starts_[b], length = lengths_[b];
-      int64_t first = (index * batch_ * heads + i) * slots_;
-      uint8_t *keys = keys_ + (first + start) * row_bytes, *values = values_ + (first + start) * row_bytes;
+      int64_t start = starts_[i / heads], length = lengths_[i / heads];
+      uint8_t *keys = keys_ + place(i), *values = values_ + place(i);
+      const uint8_t* next = i + 1 < batch_ * heads ? keys_ + place(i + 1) : keys;
       d_.kernels.narrow[dtype](d_.k + i * dim, dim, keys + (length - start) * row_bytes);
       d_.kernels.narrow[dtype](d_.v + i * dim, dim, values + (length - start) * row_bytes);
-      d_.kernels.attend[dtype](d_.q + i * dim, keys, values, length - start + 1, dim, scale, reinterpret_cast<float*>(own_ + d_.own_scores),
-                               d_.attended + i * dim);
+      d_.kernels.attend[dtype](d_.q + i * dim, keys, values, next, length - start + 1, dim, scale,
+                               reinterpret_cast<float*>(own_ + d_.own_scores), d_.attended + i * dim);
     };
     divide(batch_ * heads, 1, kMostPieces * kPieceBytes * threads_, [&](Range range) {
       for (int64_t i = range.begin; i < range.end; ++i)
