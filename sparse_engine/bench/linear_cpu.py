@@ -167,14 +167,21 @@ class Sparse:
         return float((got - expected).norm() / expected.norm())
 
 
-def take_turns(products: dict[str, Product], seconds: float, least: int = 15) -> dict[str, list[float]]:
-    """Microseconds of every product in every round, for as many rounds as fit ``seconds`` but at least ``least``."""
+def take_turns(products: dict[str, Product], seconds: float, least: int = 15, warm: bool = True) -> dict[str, list[float]]:
+    """Microseconds of every product in every round, for as many rounds as fit ``seconds`` but at least ``least``.
+
+    Args:
+        warm: run each product twice in its turn, on one copy of the weight and then on the next, and count the second: as in a model,
+            where layer follows layer, its code is then in cache and its threads are awake, while the weight still is not in cache.
+    """
     times: dict[str, list[float]] = {name: [] for name in products}
     begun, turn = time.perf_counter(), 0
     while turn < least + 2 or time.perf_counter() - begun < seconds:
         for name, product in products.items():
+            if warm:
+                product(2 * turn)
             start = time.perf_counter_ns()
-            product(turn)
+            product(2 * turn + 1 if warm else turn)
             times[name].append((time.perf_counter_ns() - start) / 1e3)
         turn += 1
     return {name: spent[2:] for name, spent in times.items()}  # the first rounds start threads and touch new memory
@@ -243,7 +250,8 @@ def _row(sparse: Sparse, dense: Dense, dense_fp32: Dense, read: tuple[Product, i
     ways = {f"dense_{name}": product for name, product in dense.products(x).items()}
     fp32 = dense_fp32.products(x.float())["torch"]
     products = {"sparse": sparse.product(x), **ways, "dense_fp32": fp32, "read": read[0]}
-    times = take_turns(products, seconds, least=15 if m <= _MOST_OWN_ROWS else 5)
+    few = m <= _MOST_OWN_ROWS
+    times = take_turns(products, seconds, least=15 if few else 5, warm=few)
     us = statistics.median(times["sparse"])
     bandwidth = read[1] / statistics.median(times["read"]) / 1e3
     best = min(ways, key=lambda name: statistics.median(times[name]))
