@@ -12,7 +12,6 @@ that a plain read of memory had in the same rounds.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -90,34 +89,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="opt-125m")
     parser.add_argument("--cases", default=",".join(CASES), help="engine/pattern/values, comma-separated")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batches", default="1")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=33)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--name", default="generate.json")
-    parser.add_argument("--append", action="store_true", help="keep the file's rows of other models, batches and prompts")
     settings = parser.parse_args()
     rows: list[dict[str, Any]] = []
     file = (settings.out or Path("bench/results") / device_name()) / settings.name
     for name in settings.models.split(","):
-        rows += measure(name, settings)
-    kept = json.loads(file.read_text())["rows"] if settings.append and file.exists() else []
-    measured = {place(row) for row in rows}
-    write_json(file, {"environment": environment(), "rows": [row for row in kept if place(row) not in measured] + rows})
+        cases = [Case.make(name, case) for case in settings.cases.split(",")]
+        for batch in map(int, settings.batches.split(",")):
+            rows += measure(name, cases, batch, settings)
+        write_json(file, {"environment": environment(), "rows": rows})
 
 
-def place(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[key] for key in ("model", "batch", "prompt_tokens", "new_tokens", "engine", "pattern", "values"))
-
-
-def measure(name: str, settings: argparse.Namespace) -> list[dict[str, Any]]:
-    ids = torch.randint(10, 50000, (settings.batch, settings.prompt), generator=torch.Generator().manual_seed(0))
-    cases = [Case.make(name, case) for case in settings.cases.split(",")]
+def measure(name: str, cases: list[Case], batch: int, settings: argparse.Namespace) -> list[dict[str, Any]]:
+    ids = torch.randint(10, 50000, (batch, settings.prompt), generator=torch.Generator().manual_seed(0))
     memory = torch.ones(_READ_BYTES, dtype=torch.uint8)
     native.advise_huge_pages(memory)
     bandwidths = []
     for case in cases:
+        case.first, case.total = [], []
         case.generate(ids, 2)
         meter = MemoryMeter(torch.device("cpu"))
         case.generate(ids, settings.new)
@@ -133,10 +127,10 @@ def measure(name: str, settings: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for case in cases:
         first, total = statistics.median(case.first), statistics.median(case.total)
-        read = case.bytes_per_token(settings.batch, settings.prompt + settings.new / 2)
-        row: dict[str, Any] = {"model": name, "batch": settings.batch, "prompt_tokens": settings.prompt, "new_tokens": settings.new}
+        read = case.bytes_per_token(batch, settings.prompt + settings.new / 2)
+        row: dict[str, Any] = {"model": name, "batch": batch, "prompt_tokens": settings.prompt, "new_tokens": settings.new}
         row |= {"engine": case.engine, "pattern": case.pattern, "values": case.values, "prefill_ms": 1e3 * first}
-        row |= {"ms_per_token": 1e3 * (total - first) / (settings.new - 1), "tokens_per_s": settings.batch * settings.new / total}
+        row |= {"ms_per_token": 1e3 * (total - first) / (settings.new - 1), "tokens_per_s": batch * settings.new / total}
         row |= {"total_s": total, "peak_bytes": case.peak, "floor_ms": 1e3 * read / bandwidth, "read_bytes_per_s": bandwidth}
         sys.stderr.write(f"{row}\n")
         rows.append(row)

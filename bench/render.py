@@ -39,6 +39,19 @@ def quality(content: dict[str, Any]) -> str:
     return table(["perplexity", *patterns, "convert, at most", "peak memory, at most"], body)
 
 
+def quantised(content: dict[str, Any]) -> str:
+    """Perplexity of a pruned model by the type of its values: the forward, and the decode step with either output head."""
+    rows = content["rows"]
+    ways = [("forward", "float32", "forward"), ("decode step", "float32", "decode step"), ("decode step", "int8", "with an int8 head")]
+    found = {(row["values"], row["path"], row["head"]): row for row in rows}
+    body = []
+    for values in sorted(unique(rows, "values"), key=lambda values: -found[values, "forward", "float32"]["packed_linear_nbytes"]):
+        megabytes = f"{found[values, 'forward', 'float32']['packed_linear_nbytes'] / 1e6:.1f} MB"
+        cells = [found.get((values, path, head)) for path, head, _ in ways]
+        body.append([values, megabytes, *("–" if row is None else f"{row['perplexity']:.3f}" for row in cells)])
+    return table(["values", "packed linears", *(f"perplexity, {label}" for *_, label in ways)], body)
+
+
 def sizes(content: dict[str, Any]) -> str:
     body = []
     for row in content["rows"]:
@@ -81,9 +94,9 @@ def generation(content: dict[str, Any]) -> str:
 
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "linear-decode": linear_tables,
-    "linear-prefill": linear_tables,
     "generate": generation,
     "pruning-quality": quality,
+    "quantisation-quality": quantised,
     "size-and-memory": sizes,
     "summarise-summ-28m-bf16": summaries,
     "summarise-summ-28m-fp32": summaries,
