@@ -94,6 +94,7 @@ def generation(content: dict[str, Any]) -> str:
 
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "linear-decode": linear_tables,
+    "linear-prefill": linear_tables,
     "generate": generation,
     "pruning-quality": quality,
     "quantisation-quality": quantised,

@@ -35,7 +35,7 @@ def dense(shape: tuple[int, int], values: str) -> linear_cpu.Dense:
 
 @cache
 def sparse(shape: tuple[int, int], pattern: str, values: str) -> linear_cpu.Sparse:
-    return linear_cpu.Sparse.random(shape, pattern, DTYPES[values])
+    return linear_cpu.Sparse.random(shape, pattern, values)
 
 
 @pytest.mark.skipif(NO_NATIVE is not None, reason=f"the native library cannot be used: it {NO_NATIVE}")

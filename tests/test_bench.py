@@ -84,6 +84,24 @@ def test_bench_on_a_cpu_writes_the_schema_a_table_and_goes_on(cli, tmp_path: Pat
 
 
 @needs_native
+def test_quantised_values_and_many_rows_on_a_cpu(cli, tmp_path: Path) -> None:
+    base = ("bench", "--device", "cpu", "--shape", "1040x64", "--seconds", "0.001", "--out", "r")
+    code, _, errors = cli(*base, "--rows", "128", "--dtypes", "int8,int4")
+    assert code == 0, errors
+    rows = run.read_results(tmp_path / "r" / "linear-prefill.json")["rows"]
+    assert {(held["pattern"], held["values"]) for held in rows} == {
+        (p, v) for p in ("2:4", "4:8", "unstructured") for v in ("int8", "int4")
+    }
+    for held in rows:
+        assert 1e-4 < held["rel_error"] < 2e-2, "the activations were rounded to int8"
+
+
+def test_quantised_values_are_not_measured_on_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="int8 values are measured on a processor only"):
+        run.run(Suite(dtypes=("bf16", "int8")), torch.device("cuda"), tmp_path / "r.json")
+
+
+@needs_native
 def test_a_forced_backend_is_the_one_measured_and_its_rejections_are_told(cli, tmp_path: Path) -> None:
     base = ("bench", "--device", "cpu", "--shape", "16x64", "--rows", "1", "--seconds", "0.001", "--patterns", "2:4", "--out", "r")
     assert cli(*base, "--backend", "reference")[0] == 0
@@ -100,7 +118,7 @@ def test_a_forced_backend_is_the_one_measured_and_its_rejections_are_told(cli, t
         (("--models", "gpt-2"), "unknown model 'gpt-2': use opt-125m"),
         (("--layers", "fc3"), "unknown layer 'fc3'"),
         (("--patterns", "3:4"), "unknown pattern '3:4'"),
-        (("--dtypes", "int8"), "unknown dtype 'int8'"),
+        (("--dtypes", "int3"), "unknown dtype 'int3'"),
         (("--rows", "0"), "--rows takes whole numbers from 1"),
         (("--rows", "1,x"), "not 'x'"),
         (("--shape", "16"), "cannot read --shape '16'"),
@@ -255,7 +273,13 @@ def test_tables_are_geometric_means_per_class_and_model() -> None:
     ]
     assert "| opt-66b | 0.50× (0.38×) | 0.50× (0.38×) | – | 1.00× (0.75×) | – | – |" in report.by_model(rows)
     few = {"environment": {}, "rows": rows}
-    assert report.linear_tables(few) == report.by_shape(rows)
+    assert report.linear_tables(few) == report.by_width(rows) + "\n" + report.by_shape(rows)
+    assert report.by_width(rows).splitlines()[2:4] == [
+        "| M = 1, 2048 wide and more | 0.50× (0.38×) | 1.00× (0.75×) |",
+        "| M = 1, narrower | 4.00× (3.00×) | – |",
+    ]
+    one = {"environment": {}, "rows": [held for held in rows if held["m"] == 1]}
+    assert report.linear_tables(one) == report.by_shape(one["rows"])
     many = {"environment": {}, "rows": [row(n=n) for n in range(16, 32)]}
     assert report.linear_tables(many).count("geometric means") == 1
     assert "linears of" in report.linear_tables(many)

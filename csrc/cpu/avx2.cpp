@@ -201,8 +201,8 @@ inline uint64_t load_bits(const uint8_t* bitmask) {
 template <int EntryBytes>
 inline uint64_t entry_offset(uint64_t bits, int b) {
   const int rotation = (8 * b - (EntryBytes == 32 ? 5 : 4)) & 63;
-#if defined(__GNUC__) && !defined(__clang__)
-  // Left to itself GCC copies the word and shifts the copy.
+#if defined(__GNUC__) && !defined(__clang__) && !defined(SPARSE_ENGINE_SANITIZED)
+  // Left to itself GCC copies the word and shifts the copy. The constant is one only where loops are unrolled, from -O2 on.
   uint64_t rotated;
   __asm__("rorx %2, %1, %0" : "=r"(rotated) : "r"(bits), "i"(rotation));
 #else

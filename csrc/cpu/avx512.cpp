@@ -215,7 +215,7 @@ void packed_rows(const Rows& rows, const void* x, int64_t columns, float* out) {
       __mmask64 masks[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r)
-        masks[r] = _load_mask64(reinterpret_cast<__mmask64*>(const_cast<uint8_t*>(bitmask[r])));
+        memcpy(&masks[r], bitmask[r], sizeof masks[r]);
       half_word(block, masks, std::make_integer_sequence<int, 64 / T::kColumns>{});
     } else {
 #pragma GCC unroll 4

@@ -1,8 +1,8 @@
 """Times the CPU kernel that dispatch chooses against every dense product at hand.
 
-Every product reads its weights from memory: they rotate over copies larger than the last-level cache. Sparse and dense
-products take turns within a round, so that a busy moment of the machine meets all of them. The limit is the time that
-only reading the packed bytes would take at the bandwidth measured in the same round.
+Every product reads its weights from memory: they rotate over copies larger than the last-level cache, and no product finds in cache
+what another one has just read. Sparse and dense products take turns within a round, so that a busy moment of the machine meets all
+of them. The limit is the time that only reading the packed bytes would take at the bandwidth measured in the same round.
 """
 
 from __future__ import annotations
@@ -20,15 +20,22 @@ from torch import Tensor
 
 from sparse_engine import formats, native, registry
 from sparse_engine.bench.shapes import PATTERNS, random_packed
-from sparse_engine.bench.suite import DTYPES, Suite, key_of
+from sparse_engine.bench.suite import VALUES, Suite, key_of
 from sparse_engine.errors import KernelUnavailableError
 from sparse_engine.formats.base import PackedWeight
 from sparse_engine.pattern import SparsityPattern
+from sparse_engine.value_types import PLAIN
 
 __all__ = ["Dense", "Sparse", "last_level_cache_bytes", "measure", "take_turns", "why_unavailable"]
 
 _MOST_COPIES = 1024
 """Weights of some kilobytes stay in a cache in any model."""
+
+_MOST_OWN_ROWS = 32
+"""The library's own dense loop expands nothing and is meant for few rows: above, oneDNN is faster by far."""
+
+_MOST_DRAWN_ROWS = 512
+"""Rows of a weight that are drawn at random; a larger one repeats them, which no kernel can profit from."""
 
 Product = Callable[[int], object]
 """Runs one product with the copy of the weight that the round's number picks."""
@@ -70,6 +77,15 @@ def prepacked(weight: Tensor, bias: Tensor, rows: int) -> Callable[[Tensor], Ten
     return None
 
 
+def repeated(packed: PackedWeight, times: int) -> PackedWeight:
+    """A weight of ``times`` as many rows, which are those of ``packed`` over and over."""
+    tensors = {name: tensor.repeat(times, *[1] * (tensor.dim() - 1)) for name, tensor in packed.tensors.items()}
+    if (offsets := packed.tensors.get("row_offsets")) is not None:
+        starts = torch.arange(times)[:, None] * offsets[-1] + offsets[:-1]
+        tensors["row_offsets"] = torch.cat((starts.flatten(), times * offsets[-1:]))
+    return replace(packed, shape=(times * packed.shape[0], packed.shape[1]), tensors=tensors)
+
+
 def own_dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     out = x.new_empty(x.shape[0], weight.shape[0])
     native.dense_linear(x, weight, bias, out, torch.get_num_threads())
@@ -95,11 +111,14 @@ class Dense:
 
     def products(self, x: Tensor) -> dict[str, Product]:
         """The dense products by name; "torch" is the one that a dense model runs."""
+        count = len(self.weights)
         ways: dict[str, Product] = {
             "torch": lambda i: F.linear(x, self.plain[i % len(self.plain)]["w"], self.bias),
-            "torch_huge_pages": lambda i: F.linear(x, self.weights[i % len(self.weights)]["w"], self.bias),
-            "own": lambda i: own_dense(x, self.weights[i % len(self.weights)]["w"], self.bias),
+            "torch_huge_pages": lambda i: F.linear(x, self.weights[i % count]["w"], self.bias),
         }
+        if x.shape[0] <= _MOST_OWN_ROWS:
+            # Half a round trip away from the copy that torch has just read.
+            ways["own"] = lambda i: own_dense(x, self.weights[(i + count // 2) % count]["w"], self.bias)
         packed = [prepacked(held["w"], self.bias, x.shape[0]) for held in self.weights]
         if (usable := [product for product in packed if product is not None]) and len(usable) == len(packed):
             ways["onednn"] = lambda i: usable[i % len(usable)](x)
@@ -116,8 +135,11 @@ class Sparse:
     backend: str | None = None
 
     @classmethod
-    def random(cls, shape: tuple[int, int], pattern: str, dtype: torch.dtype, backend: str | None = None) -> Sparse:
-        packed = random_packed(shape, SparsityPattern.parse(PATTERNS[pattern]), dtype)
+    def random(cls, shape: tuple[int, int], pattern: str, values: str, backend: str | None = None) -> Sparse:
+        dtype, value_type = VALUES[values]
+        times = next(t for t in range(1, shape[0] + 1) if shape[0] % t == 0 and shape[0] // t <= _MOST_DRAWN_ROWS)
+        drawn = (shape[0] // times, shape[1])
+        packed = repeated(random_packed(drawn, SparsityPattern.parse(PATTERNS[pattern]), dtype, value_type=value_type), times)
         return cls(packed, torch.randn(shape[0]).to(dtype), on_huge_pages(copies_of(dict(packed.tensors))), backend)
 
     def kernel(self, rows: int) -> registry.Kernel:
@@ -137,21 +159,29 @@ class Sparse:
         return lambda i: kernel.run(x, layouts[i % len(layouts)], self.bias, self.packed.pattern)
 
     def relative_error(self, x: Tensor) -> float:
-        """Frobenius, against fp64 of the unpacked weight."""
-        expected = x.double() @ formats.get(self.packed.format).unpack(self.packed).double().T + self.bias.double()
+        """Frobenius, against fp64 of the unpacked weight; of quantised values what they stand for, and so the loss of x's rounding."""
+        exact = self.packed if self.packed.value_type == PLAIN else replace(self.packed, dtype=torch.float32)
+        expected = x.double() @ formats.get(self.packed.format).unpack(exact).double().T + self.bias.double()
         kernel = self.kernel(x.shape[0])
         got = kernel.run(x, kernel.prepare(self.packed), self.bias, self.packed.pattern)
         return float((got - expected).norm() / expected.norm())
 
 
-def take_turns(products: dict[str, Product], seconds: float, least: int = 15) -> dict[str, list[float]]:
-    """Microseconds of every product in every round, for as many rounds as fit ``seconds`` but at least ``least``."""
+def take_turns(products: dict[str, Product], seconds: float, least: int = 15, warm: bool = True) -> dict[str, list[float]]:
+    """Microseconds of every product in every round, for as many rounds as fit ``seconds`` but at least ``least``.
+
+    Args:
+        warm: run each product twice in its turn, on one copy of the weight and then on the next, and count the second: as in a model,
+            where layer follows layer, its code is then in cache and its threads are awake, while the weight still is not in cache.
+    """
     times: dict[str, list[float]] = {name: [] for name in products}
     begun, turn = time.perf_counter(), 0
     while turn < least + 2 or time.perf_counter() - begun < seconds:
         for name, product in products.items():
+            if warm:
+                product(2 * turn)
             start = time.perf_counter_ns()
-            product(turn)
+            product(2 * turn + 1 if warm else turn)
             times[name].append((time.perf_counter_ns() - start) / 1e3)
         turn += 1
     return {name: spent[2:] for name, spent in times.items()}  # the first rounds start threads and touch new memory
@@ -186,6 +216,7 @@ def measure(
         KernelUnavailableError: no kernel but the reference runs a product.
     """
     for model, layer, shape in suite.linears():
+        weights: dict[torch.dtype, Dense] = {}
         for values in suite.dtypes:
             wanted: list[dict[str, Any]] = [
                 {"model": model, "layer": layer, "n": shape[0], "k": shape[1], "m": m, "pattern": pattern, "values": values}
@@ -195,11 +226,12 @@ def measure(
             wanted = [head for head in wanted if key_of(head) not in skip]
             if not wanted:
                 continue
-            dtype = DTYPES[values]
-            dense = Dense.random(shape, dtype)
-            dense_fp32 = dense if dtype is torch.float32 else Dense.random(shape, torch.float32)
+            for dtype in (VALUES[values][0], torch.float32):
+                if dtype not in weights:
+                    weights[dtype] = Dense.random(shape, dtype)
+            dense, dense_fp32 = weights[VALUES[values][0]], weights[torch.float32]
             for pattern in dict.fromkeys(head["pattern"] for head in wanted):
-                sparse = Sparse.random(shape, pattern, dtype, suite.backend)
+                sparse = Sparse.random(shape, pattern, values, suite.backend)
                 read, read_bytes = reading(sparse.packed.nbytes)
                 for head in (head for head in wanted if head["pattern"] == pattern):
                     try:
@@ -217,7 +249,9 @@ def _row(sparse: Sparse, dense: Dense, dense_fp32: Dense, read: tuple[Product, i
     x = torch.randn(m, k).to(sparse.packed.dtype)
     ways = {f"dense_{name}": product for name, product in dense.products(x).items()}
     fp32 = dense_fp32.products(x.float())["torch"]
-    times = take_turns({"sparse": sparse.product(x), **ways, "dense_fp32": fp32, "read": read[0]}, seconds)
+    products = {"sparse": sparse.product(x), **ways, "dense_fp32": fp32, "read": read[0]}
+    few = m <= _MOST_OWN_ROWS
+    times = take_turns(products, seconds, least=15 if few else 5, warm=few)
     us = statistics.median(times["sparse"])
     bandwidth = read[1] / statistics.median(times["read"]) / 1e3
     best = min(ways, key=lambda name: statistics.median(times[name]))
@@ -227,7 +261,7 @@ def _row(sparse: Sparse, dense: Dense, dense_fp32: Dense, read: tuple[Product, i
         **summary(times["dense_torch"], "dense_us"),
         **summary(times[best], "best_dense_us"),
         "best_dense": best.removeprefix("dense_"),
-        "dense_own_us": round(statistics.median(times["dense_own"]), 2),
+        "dense_own_us": round(statistics.median(times["dense_own"]), 2) if "dense_own" in times else None,
         "dense_onednn_us": round(statistics.median(times["dense_onednn"]), 2) if "dense_onednn" in times else None,
         "dense_fp32_us": round(statistics.median(times["dense_fp32"]), 2),
         "cusparselt_us": None,

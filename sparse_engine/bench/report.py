@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["by_class", "by_model", "by_shape", "geometric_mean", "linear_tables", "plot", "table", "unique"]
+__all__ = ["by_class", "by_model", "by_shape", "by_width", "geometric_mean", "linear_tables", "plot", "table", "unique"]
 
 Row = dict[str, Any]
 
@@ -48,6 +48,8 @@ def linear_tables(content: dict[str, Any]) -> str:
     rows = content["rows"]
     if len({(row["n"], row["k"]) for row in rows}) > 12:
         return by_class(rows) + "\n" + by_model(rows)
+    if len({row["m"] for row in rows}) > 1:
+        return by_width(rows) + "\n" + by_shape(rows)
     return by_shape(rows)
 
 
@@ -72,6 +74,24 @@ def by_model(rows: list[Row]) -> str:
         cells = [[row for row in rows if (row["model"], row["pattern"], row["m"]) == (model, *column)] for column in columns]
         body.append([model, *(_speed(cell) for cell in cells)])
     return table(["linears of", *(f"{pattern}, M = {m}" for pattern, m in columns)], body)
+
+
+def by_width(rows: list[Row]) -> str:
+    """Geometric means over the shapes of 2048-wide models and wider, and of narrower ones, for each number of rows."""
+    columns = [(pattern, values) for values in unique(rows, "values") for pattern in unique(rows, "pattern")]
+    widths: dict[str, Callable[[Row], bool]] = {
+        "2048 wide and more": lambda row: min(row["n"], row["k"]) >= 2048,
+        "narrower": lambda row: min(row["n"], row["k"]) < 2048,
+    }
+    body = []
+    for m in sorted(unique(rows, "m")):
+        for name, belongs in widths.items():
+            cells = [
+                [row for row in rows if belongs(row) and (row["m"], row["pattern"], row["values"]) == (m, *column)] for column in columns
+            ]
+            if any(cells):
+                body.append([f"M = {m}, {name}", *(_speed(cell) for cell in cells)])
+    return table(["geometric means", *(f"{pattern} {values}" for pattern, values in columns)], body)
 
 
 def by_shape(rows: list[Row]) -> str:

@@ -15,15 +15,20 @@ import torch
 from sparse_engine import native
 from sparse_engine.bench import linear_cpu, linear_gpu
 from sparse_engine.bench.environment import environment, write_json
-from sparse_engine.bench.suite import Suite, key_of, wrong_field
+from sparse_engine.bench.suite import DTYPES, Suite, key_of, wrong_field
 from sparse_engine.errors import InputError, KernelUnavailableError
 from sparse_engine.progress import Track, silent
 
-__all__ = ["NAME", "read_results", "run"]
+__all__ = ["name_of", "read_results", "run"]
 
-NAME = "linear-decode"
+_PREFILL_ROWS = 128
 _WRITE_EVERY_S = 5.0
 _MUST_MATCH = ("commit", "cpu", "gpu", "torch", "threads")
+
+
+def name_of(suite: Suite, device: torch.device) -> str:
+    """What the results of ``suite`` are called: on a processor many activation rows, bound by multiply-adds, have a file of their own."""
+    return "linear-prefill" if device.type != "cuda" and min(suite.rows) >= _PREFILL_ROWS else "linear-decode"
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -64,9 +69,11 @@ def run(
         note: called with a sentence for every row that was left out.
 
     Raises:
-        InputError: ``out`` cannot be resumed from.
+        InputError: ``out`` cannot be resumed from, or quantised values were asked for on a GPU.
         KernelUnavailableError: nothing can be measured here, or no kernel but the reference runs a product.
     """
+    if device.type == "cuda" and (quantised := [values for values in suite.dtypes if values not in DTYPES]):
+        raise InputError(f"{quantised[0]} values are measured on a processor only; use --device cpu, or {', '.join(DTYPES)} here")
     bench = linear_gpu if device.type == "cuda" else linear_cpu
     if reason := bench.why_unavailable():
         raise KernelUnavailableError(f"the latency suite on {device.type} {reason}")

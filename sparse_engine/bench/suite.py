@@ -11,10 +11,14 @@ import torch
 from sparse_engine.bench.shapes import HIDDEN, LAYERS, PATTERNS, shape_of
 from sparse_engine.errors import InputError
 from sparse_engine.pattern import SparsityPattern
+from sparse_engine.value_types import PLAIN
 
-__all__ = ["DTYPES", "FIELDS", "Suite", "key_of", "wrong_field"]
+__all__ = ["DTYPES", "FIELDS", "VALUES", "Suite", "key_of", "wrong_field"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+VALUES = {name: (dtype, PLAIN) for name, dtype in DTYPES.items()} | {name: (torch.bfloat16, name) for name in ("int8", "int4")}
+"""What the results call a weight's values: its type, which is that of the activations and of the dense weight it is compared with, and how
+its kept values are stored."""
 
 _NUMBER = (int, float)
 FIELDS: dict[str, tuple[type, ...]] = {
@@ -70,7 +74,7 @@ class Suite:
     seconds: float = 0.5
 
     def __post_init__(self) -> None:
-        known = (("models", HIDDEN), ("layers", LAYERS), ("patterns", PATTERNS), ("dtypes", DTYPES))
+        known = (("models", HIDDEN), ("layers", LAYERS), ("patterns", PATTERNS), ("dtypes", VALUES))
         for name, names in known:
             for value in getattr(self, name):
                 if value not in names:

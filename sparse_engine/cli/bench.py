@@ -35,7 +35,7 @@ def bench(
     shape: Annotated[list[str] | None, typer.Option("--shape", metavar="NxK", help="A layer of this size instead.")] = None,
     rows: Annotated[list[str] | None, typer.Option("--rows", metavar="M", help="Activation rows; default: 1 to 128.")] = None,
     patterns: Annotated[list[str] | None, typer.Option("--patterns", metavar="PATTERN", help="2:4, 4:8 or unstructured.")] = None,
-    dtypes: Annotated[list[str] | None, typer.Option("--dtypes", metavar="TYPE", help="bf16, fp16 or fp32.")] = None,
+    dtypes: Annotated[list[str] | None, typer.Option("--dtypes", metavar="TYPE", help="bf16, fp16, fp32, int8 or int4.")] = None,
     backend: Backend = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")] = "cuda" if torch.cuda.is_available() else "cpu",
     threads: Annotated[int | None, typer.Option("--threads", help="Threads on a CPU; default: torch's.")] = None,
@@ -47,8 +47,8 @@ def bench(
 ) -> None:
     """Time packed linear layers against every dense product at hand, and against only reading their bytes.
 
-    Writes linear-decode.json, .md and .svg. Weights come from memory in every product; all of a row's products take turns. An option that
-    names several things takes them with commas, or is repeated.
+    Writes linear-decode.json, .md and .svg (on a CPU with 128 rows and more: linear-prefill). Weights come from memory in every product;
+    all of a row's products take turns. An option that names several things takes them with commas, or is repeated.
     """
     place = parse_device(device)
 
@@ -72,7 +72,7 @@ def bench(
             raise InputError(f"--threads must be 1 or more, not {threads}")
         torch.set_num_threads(threads)
     folder = out or Path("bench/results") / (device_name() if place.type == "cuda" else f"cpu-{microarchitecture()}")
-    path = folder / f"{run.NAME}.json"
+    path = folder / f"{run.name_of(suite, place)}.json"
     content = run.run(
         suite,
         place,
