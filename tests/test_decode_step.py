@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,31 @@ def test_the_head_of_the_configuration_is_used_by_generate(tiny_opt: Path, monke
     with torch.inference_mode():
         best = model(ids).logits[0, -1].topk(4).indices.tolist()
     assert int(model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1]) in best
+
+
+def test_generations_of_several_threads_do_not_meet(tiny_opt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSE_ENGINE_GENERATE", "engine")
+    model = load(tiny_opt, {"nm": "2:4"})
+    prompts = [torch.randint(4, 300, (1 + i % 2, 5 + i), generator=torch.Generator().manual_seed(i)) for i in range(4)]
+
+    def tokens(prompt: Tensor) -> list[list[int]]:
+        mask = torch.ones_like(prompt)
+        found: list[list[int]] = model.generate(prompt, attention_mask=mask, max_new_tokens=40, do_sample=False, eos_token_id=None).tolist()
+        return found
+
+    alone = [tokens(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(tokens, prompts * 3)) == alone * 3
+
+
+def test_a_forced_backend_is_not_passed_by(tiny_opt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(tiny_opt, {"nm": "2:4", "backend": "reference"})
+    ids = torch.arange(5, 9)[None]
+    model.generate(ids, max_new_tokens=2, do_sample=False)
+    assert model.generation_path == "transformers, since the model has layers that are to run on backend reference"
+    monkeypatch.setenv("SPARSE_ENGINE_GENERATE", "engine")
+    model.generate(ids, max_new_tokens=2, do_sample=False)
+    assert model.generation_path == "engine (eager)"
 
 
 def test_convert_records_the_head_and_only_in_packed_checkpoints(tiny_opt: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:

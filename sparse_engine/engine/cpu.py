@@ -63,12 +63,13 @@ class CpuRunner(Runner):
         return torch.cat(logits)
 
     def logits(self, cache: Cache) -> Tensor:
-        if self._decoder is None or not self._decoder.fits(cache.batch, cache.capacity):
-            self._decoder = Decoder(self._description, cache.batch, cache.capacity)
+        decoder = self._decoder
+        if decoder is None or not decoder.fits(cache.batch, cache.capacity):
+            decoder = self._decoder = Decoder(self._description, cache.batch, cache.capacity)
         state = cache.state
         # A row that has finished at the end of the cache or of the model's positions goes on at its last place, unseen.
         lengths = state.lengths.clamp(max=min(cache.capacity, self._description.positions) - 1)
-        return self._decoder.step(state.tokens, torch.zeros_like(state.tokens), lengths, cache.k, cache.v)
+        return decoder.step(state.tokens, torch.zeros_like(state.tokens), lengths, cache.k, cache.v)
 
     def step(self, cache: Cache, choice: Choice) -> None:
         logits = self.logits(cache)

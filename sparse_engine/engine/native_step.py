@@ -7,6 +7,7 @@ trust it.
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -188,6 +189,7 @@ class Decoder:
         self._threads = torch.get_num_threads()
         native.check(create(ctypes.byref(description.struct), batch, slots, self._threads, ctypes.byref(made)))
         self._decoder = made
+        self._lock = threading.Lock()
 
     def fits(self, batch: int, slots: int) -> bool:
         """Whether a step of this size can be done, with as many threads as torch has now."""
@@ -216,7 +218,10 @@ class Decoder:
         logits = torch.empty(batch, described.vocabulary)
         given = [t.to(torch.int64).contiguous() for t in (tokens, starts, lengths)]
         arrays = [t.data_ptr() for t in (*given, keys, values)]
-        if status := self._step(self._decoder, batch, *arrays, slots, logits.data_ptr()):
+        # The library's scratch is one decoder's, and the interpreter lets other threads run during a call.
+        with self._lock:
+            status = self._step(self._decoder, batch, *arrays, slots, logits.data_ptr())
+        if status:
             self._explain(slots, *given)
             native.check(status)
         return logits
