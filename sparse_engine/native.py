@@ -1,7 +1,7 @@
 """The native CPU library (``csrc``): found and loaded by ctypes once, its signatures and its status codes.
 
 The library lies in the package's folder. In a checkout that is not installed, the environment variable
-SPARSE_ENGINE_NATIVE_LIBRARY names the file. SPARSE_ENGINE_ISA (scalar, avx2 or avx512) forces a lower instruction-set level.
+SPARSE_ENGINE_NATIVE_LIBRARY names the file. SPARSE_ENGINE_ISA (scalar, neon, avx2 or avx512) forces a lower instruction-set level.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def available() -> str | None:
 
 
 def isa() -> str:
-    """The instruction-set level in use: "scalar", "avx2" or "avx512".
+    """The instruction-set level in use: "scalar", "neon", "avx2" or "avx512".
 
     Raises:
         InputError: SPARSE_ENGINE_ISA names a level that is unknown or that this machine lacks.

@@ -77,7 +77,7 @@ class TestLevels:
         assert "InputError: instruction-set level 'sse9' is unknown; usable here: scalar" in result.stderr
 
     def test_unsupported_level_is_named(self) -> None:
-        missing = sorted({"scalar", "avx2", "avx512"} - set(native.supported_isas()))
+        missing = sorted({"scalar", "neon", "avx2", "avx512"} - set(native.supported_isas()))
         if not missing:
             pytest.skip("this machine supports every level")
         with pytest.raises(InputError, match="not supported by this machine or build"):

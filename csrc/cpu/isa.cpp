@@ -74,11 +74,16 @@ struct Level {
   const KernelSet& (*kernels)();
 };
 
-constexpr int kLevels = 3;
+constexpr int kLevels = 4;
 
 const Level* levels() { // lowest first
   static const Level all[kLevels] = {
       {"scalar", true, scalar_kernels},
+#if defined(SPARSE_ENGINE_HAVE_NEON)
+      {"neon", true, neon_kernels},
+#else
+      {"neon", false, nullptr},
+#endif
 #if defined(SPARSE_ENGINE_HAVE_AVX2)
       {"avx2", processor().avx2, avx2_kernels},
 #else

@@ -97,6 +97,7 @@ struct KernelSet {
 };
 
 const KernelSet& scalar_kernels();
+const KernelSet& neon_kernels();
 const KernelSet& avx2_kernels();
 const KernelSet& avx512_kernels();
 

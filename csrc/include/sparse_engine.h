@@ -68,8 +68,8 @@ SPARSE_ENGINE_API const char* sparse_engine_status_message(int32_t status);
 /* Levels that this processor, operating system and build can run, comma-separated, lowest first; static storage. */
 SPARSE_ENGINE_API const char* sparse_engine_supported_isas(void);
 
-/* The level in use: "scalar", "avx2" (AVX2, FMA, F16C, BMI) or "avx512" (F, BW, DQ, VL, VBMI, VBMI2,
- * VNNI, BF16 and GFNI).
+/* The level in use: "scalar", "neon" (64-bit ARM; its int8 and int4 products are the scalar ones), "avx2" (AVX2, FMA, F16C, BMI) or
+ * "avx512" (F, BW, DQ, VL, VBMI, VBMI2, VNNI, BF16 and GFNI).
  *
  * The highest supported one, unless the environment variable SPARSE_ENGINE_ISA names another when the library is first
  * used. If that names an unknown or unsupported level, this and every computing function return the status that says so.
