@@ -27,6 +27,7 @@ namespace {
 constexpr int kLanes = 16;
 constexpr int kBlock = 2 * kLanes; // activation rows of a full block; the last one may be half as wide
 constexpr int kStep = 12;          // weight rows of a micro-kernel
+constexpr int kWordsAhead = 3;     // words of the next tile that are spread per 8 dwords
 
 template <class Body, int... i>
 [[gnu::always_inline]] inline void each(Body body, std::integer_sequence<int, i...>) {
@@ -271,10 +272,37 @@ void pack(const void* x, int64_t m, int64_t columns, void* packed, int64_t part,
   }
 }
 
+// The next tile of the rows that a micro-kernel multiplies, spread while it does: multiply-adds leave the other units idle.
+template <class P>
+struct Ahead {
+  const PanelRow* rows;
+  int64_t* taken;
+  uint8_t* tile;
+  int64_t n, columns; // rows, and columns of the whole weight
+  int64_t first_word, words;
+  int64_t row = 0, word = 0;
+
+  inline void some(int count) {
+    for (int i = 0; i < count && row < n; ++i) {
+      uint8_t* target = tile + row * (P::kColumns / P::kPerDword * 4) + word * 64 / P::kPerDword * 4;
+      P::spread(rows[row].values, taken[row], word_bits(rows[row].bitmask, first_word + word, columns), target);
+      if (word == 0) {
+        for (int64_t piece = P::kPieceBytes; piece <= 2 * P::kPieceBytes; piece += 64)
+          prefetch(P::place(rows[row].values, taken[row]) + piece);
+        prefetch(rows[row].bitmask + (8 * first_word + P::kColumns / 8));
+      }
+      if (++word == words) {
+        word = 0;
+        ++row;
+      }
+    }
+  }
+};
+
 // Sums of `Rows` rows of the tile by V registers of activations over `dwords` steps, added to what `sums` holds.
 template <class P, int V, int Rows>
 inline void micro(const uint8_t* tile, const uint8_t* x, int64_t dwords, float* sums, int64_t stride, const int32_t* start,
-                  const float* scale) {
+                  const float* scale, Ahead<P>* ahead) {
   constexpr int64_t kRowBytes = P::kColumns / P::kPerDword * 4;
   typename P::Sum sum[Rows][V];
   unrolled<Rows>([&](auto r) {
@@ -288,17 +316,30 @@ inline void micro(const uint8_t* tile, const uint8_t* x, int64_t dwords, float* 
         sum[r][v] = _mm512_load_ps(at);
     });
   });
-  for (int64_t k = 0; k < dwords; ++k) {
+  auto step = [&](auto at) {
     __m512i xs[V];
-    unrolled<V>([&](auto v) { xs[v] = _mm512_load_si512(x + 64 * v); });
+    unrolled<V>([&](auto v) { xs[v] = _mm512_load_si512(x + 64 * (V * at + v)); });
     unrolled<Rows>([&](auto r) {
       int32_t dword;
-      memcpy(&dword, tile + r * kRowBytes, sizeof dword);
+      memcpy(&dword, tile + r * kRowBytes + 4 * at, sizeof dword);
       __m512i w = _mm512_set1_epi32(dword);
       unrolled<V>([&](auto v) { sum[r][v] = P::multiply(sum[r][v], xs[v], w); });
     });
-    tile += 4;
-    x += 64 * V;
+  };
+  if (ahead) {
+    for (int64_t k = 0; k < dwords; k += 8) { // a multiple of 16, as columns are of 64
+      unrolled<8>(step);
+      tile += 4 * 8;
+      x += 64 * V * 8;
+      ahead->some(kWordsAhead);
+    }
+    ahead->some(kStep * P::kColumns / 64);
+  } else {
+    for (int64_t k = 0; k < dwords; ++k) {
+      step(std::integral_constant<int, 0>{});
+      tile += 4;
+      x += 64 * V;
+    }
   }
   unrolled<Rows>([&](auto r) {
     unrolled<V>([&](auto v) {
@@ -365,26 +406,44 @@ void finish(const PanelRow* rows, int64_t n, float* sums, int64_t m, const float
   }
 }
 
-// Scratch: sums (rows, padded m), then the tile.
+// Scratch: sums (rows, padded m), then two tiles, the one in use and the next.
 inline int64_t sums_bytes(int64_t m) { return kPanelRows * padded_rows(m) * 4; }
 
 template <class P>
+constexpr int64_t kTileBytes = kPanelRows * (P::kColumns / P::kPerDword) * 4;
+
+template <class P>
 size_t scratch_bytes(int64_t m, int64_t) {
-  return size_t(sums_bytes(m) + kPanelRows * (P::kColumns / P::kPerDword) * 4);
+  return size_t(sums_bytes(m) + 2 * kTileBytes<P>);
 }
 
-// One tile of `columns` columns by all blocks of activations.
+// One tile of `columns` columns by a block of activations; `ahead` says what to spread meanwhile, if anything.
 template <class P, int V>
 void multiply_tile(const uint8_t* tile, const uint8_t* x, int64_t columns, int64_t n, float* sums, int64_t stride, const int32_t* start,
-                   const float* scale) {
+                   const float* scale, const Ahead<P>* ahead) {
   constexpr int64_t kRowBytes = P::kColumns / P::kPerDword * 4;
   int64_t dwords = columns / P::kPerDword, r = 0;
-  for (; r + kStep <= n; r += kStep)
-    micro<P, V, kStep>(tile + r * kRowBytes, x, dwords, sums + r * stride, stride, start + r, scale + r);
+  auto part = [&](int64_t rows) {
+    Ahead<P> mine = *ahead;
+    mine.rows += r;
+    mine.taken += r;
+    mine.tile += r * kRowBytes;
+    mine.n = rows;
+    return mine;
+  };
+  for (; r + kStep <= n; r += kStep) {
+    if (ahead) {
+      Ahead<P> mine = part(kStep);
+      micro<P, V, kStep>(tile + r * kRowBytes, x, dwords, sums + r * stride, stride, start + r, scale + r, &mine);
+    } else {
+      micro<P, V, kStep>(tile + r * kRowBytes, x, dwords, sums + r * stride, stride, start + r, scale + r, static_cast<Ahead<P>*>(nullptr));
+    }
+  }
+  if (ahead && r < n) part(n - r).some(kStep * P::kColumns / 64);
   for (; r + 4 <= n; r += 4)
-    micro<P, V, 4>(tile + r * kRowBytes, x, dwords, sums + r * stride, stride, start + r, scale + r);
+    micro<P, V, 4>(tile + r * kRowBytes, x, dwords, sums + r * stride, stride, start + r, scale + r, static_cast<Ahead<P>*>(nullptr));
   for (; r < n; ++r)
-    micro<P, V, 1>(tile + r * kRowBytes, x, dwords, sums + r * stride, stride, start + r, scale + r);
+    micro<P, V, 1>(tile + r * kRowBytes, x, dwords, sums + r * stride, stride, start + r, scale + r, static_cast<Ahead<P>*>(nullptr));
 }
 
 constexpr int kRowsAhead = 8;
@@ -393,17 +452,21 @@ template <class P>
 void panel(const PanelRow* rows, int64_t n, const void* packed, int64_t m, int64_t columns, const Output& y, int64_t first_row,
            void* scratch) {
   constexpr int64_t kRowBytes = P::kColumns / P::kPerDword * 4;
+  // Sums of integers need each row's sum of weights, which is taken from the spread tile.
+  constexpr bool kSpreadAhead = !P::kInteger;
   auto sums = static_cast<float*>(scratch);
-  auto tile = static_cast<uint8_t*>(scratch) + sums_bytes(m);
+  uint8_t* tile = static_cast<uint8_t*>(scratch) + sums_bytes(m);
+  uint8_t* next = tile + kTileBytes<P>;
   auto blocks = static_cast<const uint8_t*>(packed) + header_bytes(m);
   int64_t stride = padded_rows(m), row_bytes = bytes_per_row<P, false>(padded(columns));
   int64_t taken[kPanelRows] = {};
   int32_t row_sums[kPanelRows] = {}; // 128 times the sum of the weights: of the whole row, or for int4 the last group's, negated
   float scale[kPanelRows] = {};
   memset(sums, 0, size_t(n * stride * 4));
+  auto width_at = [&](int64_t c) { return padded(columns - c < P::kColumns ? columns - c : P::kColumns); };
   for (int64_t c = 0; c < columns; c += P::kColumns) {
-    int64_t here = padded(columns - c < P::kColumns ? columns - c : P::kColumns);
-    for (int64_t r = 0; r < n; ++r) {
+    int64_t here = width_at(c);
+    for (int64_t r = 0; r < n && (c == 0 || !kSpreadAhead); ++r) {
       __m512i sum = _mm512_setzero_si512();
       if (c == 0 && r + kRowsAhead < n) {
         for (int64_t ahead = 0; ahead <= P::kPieceBytes; ahead += 64)
@@ -416,8 +479,7 @@ void panel(const PanelRow* rows, int64_t n, const void* packed, int64_t m, int64
       prefetch(rows[r].bitmask + (c + P::kColumns) / 8);
       for (int64_t k = 0; k < here; k += 64) {
         uint8_t* target = tile + r * kRowBytes + k / P::kPerDword * 4;
-        int64_t word = (c + k) / 64;
-        P::spread(rows[r].values, taken[r], word_bits(rows[r].bitmask, word, columns), target);
+        P::spread(rows[r].values, taken[r], word_bits(rows[r].bitmask, (c + k) / 64, columns), target);
         if constexpr (P::kInteger) sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(char(0x80)), _mm512_load_si512(target));
       }
       if constexpr (P::kGroups) {
@@ -427,12 +489,21 @@ void panel(const PanelRow* rows, int64_t n, const void* packed, int64_t m, int64
         row_sums[r] += _mm512_reduce_add_epi32(sum);
       }
     }
+    Ahead<P> following{rows, taken, next, n, columns, (c + P::kColumns) / 64, 0};
+    bool more = kSpreadAhead && c + P::kColumns < columns;
+    if (more) following.words = width_at(c + P::kColumns) / 64;
     for (int64_t row = 0; row < m; row += kBlock) {
       const uint8_t* x = blocks + row * row_bytes + c / P::kPerDword * 4 * width(m - row);
+      const Ahead<P>* ahead = more && row == 0 ? &following : nullptr;
       if (width(m - row) == kBlock)
-        multiply_tile<P, 2>(tile, x, here, n, sums + row, stride, row_sums, scale);
+        multiply_tile<P, 2>(tile, x, here, n, sums + row, stride, row_sums, scale, ahead);
       else
-        multiply_tile<P, 1>(tile, x, here, n, sums + row, stride, row_sums, scale);
+        multiply_tile<P, 1>(tile, x, here, n, sums + row, stride, row_sums, scale, ahead);
+    }
+    if (kSpreadAhead) {
+      uint8_t* done = tile;
+      tile = next;
+      next = done;
     }
   }
   finish<P>(rows, n, sums, m, static_cast<const float*>(packed), row_sums, y, first_row);
