@@ -1,11 +1,15 @@
 // The decode step: the products of driver.h and the kernels of decode_kernels.h in one parallel region. Layout and order are
 // those of sparse_engine_decode.h.
 //
-// With one sequence every thread computes a norm and packs a product's input for itself, into memory of its own: that costs
-// less than waiting for another thread to do it. With more the sequences are shared out, with a barrier behind.
+// Each phase (a product's rows, the heads of attention, the sequences of a norm) is cut into a run of pieces per thread. A thread
+// that is done with its own run takes pieces of the others', and a phase is over when its pieces are done, not when every thread has
+// come to its end: one that loses its core holds the others up only while it has a piece in hand. It then runs through the phases
+// that went by without it, and finds no piece left in them; what it reads there may be overwritten already and is used for nothing.
 //
-// Each product's rows, and the heads of attention, are cut into a run of pieces per thread. A thread that is done with its own
-// run takes pieces of the others', so that one that loses its core for a while, or has a slower one, holds nobody up for long.
+// With one sequence and norms before the products, every thread computes a norm and packs a product's input for itself, into memory
+// of its own, which costs less than waiting for another thread to do it. A piece that it still gets shows that this input was whole:
+// nobody writes what a phase reads before that phase is over. (Behind OPT-350m's norms the product is added to the normed input, which
+// a late thread would take into the next phase, so there the norms are shared out, as they are with several sequences.)
 
 #include "sparse_engine_decode.h"
 
@@ -44,7 +48,7 @@ constexpr int64_t kMaxLayers = 1 << 16;
 // Pieces of a thread's run: at most so many, and none below this many bytes of weights.
 constexpr int64_t kMostPieces = 8;
 constexpr int64_t kPieceBytes = 256 << 10;
-constexpr int64_t kPhasesPerLayer = 7, kOtherPhases = 3;
+constexpr int64_t kPhasesPerLayer = 16, kOtherPhases = 12;
 
 size_t aligned(size_t bytes) { return (bytes + size_t(kAlignment) - 1) / size_t(kAlignment) * size_t(kAlignment); }
 
@@ -87,8 +91,7 @@ struct sparse_engine_decoder {
   sparse_engine_decode_model model;
   int64_t ffn, head_dim, max_batch, max_slots;
   int threads;
-  Barrier barrier;
-  std::atomic<int32_t>* taken; // (phases, threads): pieces of each run that are given out in this step
+  std::atomic<int32_t>* pieces; // (phases, 1 + threads): of a phase, its pieces that are done and, of each run, those given out
 
   Layer* layers = nullptr;
   Product *project_in = nullptr, *project_out = nullptr, *head = nullptr;
@@ -105,7 +108,8 @@ struct sparse_engine_decoder {
       : set(set), kernels(decode_kernels(set)), model(model), ffn(model.layer[0].fc1.rows), head_dim(model.hidden / model.heads),
         max_batch(max_batch), max_slots(max_slots), threads(threads) {}
 
-  int64_t counters() const { return (model.layers * kPhasesPerLayer + kOtherPhases) * threads; }
+  int64_t phases() const { return model.layers * kPhasesPerLayer + kOtherPhases; }
+  int64_t counters() const { return phases() * (1 + threads); }
 
   ~sparse_engine_decoder() {
     free(memory);
@@ -148,7 +152,7 @@ struct sparse_engine_decoder {
     own_scores = own_packed + packed_bytes;
     own_scratch = own_scores + aligned(size_t(max_slots) * 4);
     own_bytes = own_scratch + scratch_bytes;
-    size_t counter_bytes = aligned(size_t(counters()) * sizeof *taken);
+    size_t counter_bytes = aligned(size_t(counters()) * sizeof *pieces);
     size_t total = fixed + counter_bytes + 6 * wide + inner_bytes + narrow_bytes + packed_bytes + size_t(threads) * own_bytes;
     memory = static_cast<uint8_t*>(aligned_alloc(size_t(kAlignment), total));
     if (!memory) return false;
@@ -162,7 +166,7 @@ struct sparse_engine_decoder {
       product = new (take(sizeof(Product))) Product{Linear(set, weight_of(spec)), spec.bias};
       product->linear.place_tail(take(product->linear.tail_bytes()));
     });
-    taken = new (take(counter_bytes)) std::atomic<int32_t>[size_t(counters())];
+    pieces = new (take(counter_bytes)) std::atomic<int32_t>[size_t(counters())];
     for (float** buffer : {&stream, &normed, &q, &k, &v, &attended})
       *buffer = reinterpret_cast<float*>(take(wide));
     inner = reinterpret_cast<float*>(take(inner_bytes));
@@ -197,8 +201,16 @@ public:
   }
 
 private:
-  bool alone() const { return batch_ == 1; }
-  void wait() { d_.barrier.wait(threads_); }
+  bool alone() const { return batch_ == 1 && d_.model.norm_first; }
+
+  // Returns when all phases before are over.
+  void wait() {
+    for (; waited_ < phase_; ++waited_)
+      wait_until(counters(waited_)[0], totals_[waited_ % kOpenPhases]);
+  }
+
+  std::atomic<int32_t>* counters(int64_t phase) const { return d_.pieces + phase * (1 + d_.threads); }
+
   int64_t hidden() const { return d_.model.hidden; }
 
   void embed() {
@@ -207,20 +219,20 @@ private:
     auto positions = static_cast<const uint8_t*>(m.position_embedding);
     int64_t element = element_bytes(m.embedding_dtype);
     Widen widen = d_.kernels.widen[m.embedding_dtype];
-    Range mine = share(batch_, 1, thread_, threads_);
-    for (int64_t b = mine.begin; b < mine.end; ++b)
+    each_sequence([&](int64_t b) {
       widen(tokens + tokens_[b] * m.embedding * element, m.embedding, (d_.project_in ? d_.narrow : d_.stream) + b * m.embedding);
+    });
     wait();
     if (d_.project_in) {
       multiply(*d_.project_in, pack(*d_.project_in, d_.narrow), d_.stream);
       wait();
     }
     auto place = reinterpret_cast<float*>(own_);
-    for (int64_t b = mine.begin; b < mine.end; ++b) {
+    each_sequence([&](int64_t b) {
       widen(positions + (lengths_[b] - starts_[b] + m.position_offset) * m.hidden * element, m.hidden, place);
       for (int64_t i = 0; i < m.hidden; ++i)
         d_.stream[b * m.hidden + i] += place[i];
-    }
+    });
     wait();
   }
 
@@ -268,9 +280,9 @@ private:
       d_.kernels.normalise(d_.stream, spec.weight, spec.bias, d_.model.epsilon, hidden(), row);
       return row;
     }
-    Range mine = share(batch_, 1, thread_, threads_);
-    for (int64_t b = mine.begin; b < mine.end; ++b)
+    each_sequence([&](int64_t b) {
       d_.kernels.normalise(d_.stream + b * hidden(), spec.weight, spec.bias, d_.model.epsilon, hidden(), d_.normed + b * hidden());
+    });
     wait();
     return d_.normed;
   }
@@ -281,7 +293,10 @@ private:
       product.linear.pack(input, SPARSE_ENGINE_FP32, 1, own_ + d_.own_packed);
       return own_ + d_.own_packed;
     }
-    product.linear.pack(input, SPARSE_ENGINE_FP32, batch_, d_.packed, thread_, threads_);
+    divide(threads_, 1, 0, [&](Range parts) {
+      for (int64_t part = parts.begin; part < parts.end; ++part)
+        product.linear.pack(input, SPARSE_ENGINE_FP32, batch_, d_.packed, part, threads_);
+    });
     wait();
     return d_.packed;
   }
@@ -294,19 +309,31 @@ private:
     return pack(product, input);
   }
 
-  // Calls work(range) for pieces of 0 .. count - 1, of which all threads together do each once. They all come here in the same order.
+  // Calls work(range) for pieces of 0 .. count - 1, of which all threads together do each once: a phase, over when wait() returns.
+  // All threads come here in the same order.
   template <class Work>
   void divide(int64_t count, int64_t granule, int64_t bytes, Work work) {
-    std::atomic<int32_t>* taken = d_.taken + phase_++ * d_.threads;
+    std::atomic<int32_t>*done = counters(phase_), *taken = done + 1;
     int64_t pieces = std::clamp<int64_t>(bytes / threads_ / kPieceBytes, 1, kMostPieces);
+    totals_[phase_++ % kOpenPhases] = int32_t(pieces * threads_);
     for (int i = 0; i < threads_; ++i) {
       int owner = (thread_ + i) % threads_;
       Range run = share(count, granule, owner, threads_);
       for (int64_t piece; (piece = taken[owner].fetch_add(1, std::memory_order_relaxed)) < pieces;) {
         Range part = share(run.end - run.begin, granule, piece, pieces);
         if (part.begin < part.end) work(Range{run.begin + part.begin, run.begin + part.end});
+        done->fetch_add(1, std::memory_order_release);
       }
     }
+  }
+
+  // A phase of work(sequence) for each of them.
+  template <class Work>
+  void each_sequence(Work work) {
+    divide(batch_, 1, 0, [&](Range range) {
+      for (int64_t b = range.begin; b < range.end; ++b)
+        work(b);
+    });
   }
 
   // A product to y (batch, rows), and then after(rows) for each range of rows that this thread has done.
@@ -362,7 +389,10 @@ private:
   float* logits_;
   int thread_, threads_;
   uint8_t* own_;
-  int64_t phase_ = 0;
+  // Phases begun, those known to be over, and the pieces of the ones between, of which there are never more than q, k and v.
+  static constexpr int64_t kOpenPhases = 4;
+  int64_t phase_ = 0, waited_ = 0;
+  int32_t totals_[kOpenPhases];
   const float* state_; // what a layer's products are added to
 };
 
@@ -417,7 +447,7 @@ int32_t sparse_engine_decode_step(sparse_engine_decoder* decoder, int64_t batch,
         lengths[b] - starts[b] + m.position_offset >= m.positions)
       return SPARSE_ENGINE_BAD_ARGUMENT;
   for (int64_t i = 0; i < decoder->counters(); ++i)
-    decoder->taken[i].store(0, std::memory_order_relaxed);
+    decoder->pieces[i].store(0, std::memory_order_relaxed);
   in_parallel(decoder->threads, [&](int thread, int threads) {
     Step(*decoder, batch, tokens, starts, lengths, keys, values, slots, logits, thread, threads).run();
   });
