@@ -13,7 +13,7 @@ from sparse_engine import EngineOPTForCausalLM, SparseOPTForCausalLM
 from sparse_engine.cli import summarize
 from sparse_engine.engine.choice import Choice
 from sparse_engine.engine.generation import VARIABLE
-from sparse_engine.engine.many import auto_batch, generate_many
+from sparse_engine.engine.many import AUTO_ROWS, auto_batch, generate_many
 from sparse_engine.engine.runner import MAX_BATCH, runner_for
 from sparse_engine.errors import InputError
 
@@ -89,5 +89,5 @@ def test_automatic_batch(model: Any) -> None:
     runner = runner_for(model, forced=True)
     assert not isinstance(runner, str)
     assert auto_batch(runner, prompts(9), 8) == 9
-    assert auto_batch(runner, [[5]] * 1000, 8) == 64
+    assert auto_batch(runner, [[5]] * 1000, 8) == AUTO_ROWS[model.device.type]
     assert summarize._MOST == MAX_BATCH

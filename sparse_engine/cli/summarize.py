@@ -36,7 +36,7 @@ def summarize(
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write JSONL here; default: text to standard output.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens of a summary.")] = 128,
     batch: Annotated[
-        str, typer.Option("--batch", metavar="auto|N", help="Bills at once; auto: as many as a GPU bears, one on a CPU.")
+        str, typer.Option("--batch", metavar="auto|N", help="Bills at once; auto: as many as a GPU bears, at most 64, or 16 on a CPU.")
     ] = "auto",
     backend: Backend = None,
     dtype: Dtype = None,

@@ -18,7 +18,7 @@ __all__ = ["AUTO_ROWS", "Stop", "auto_batch", "generate_many"]
 Stop = Callable[[list[int]], int | None]
 """Given a row's new tokens, how many of them to keep because it has ended, or None while it goes on."""
 
-AUTO_ROWS = 64
+AUTO_ROWS = {"cuda": 64, "cpu": 16}
 """Most rows that an automatic batch has: more add little throughput and take memory."""
 
 _STEPS = 8
@@ -26,8 +26,8 @@ _STEPS = 8
 
 
 def auto_batch(runner: Runner, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
-    """Rows that the device has memory for, at most :data:`AUTO_ROWS` and as many as there are prompts."""
-    w, most = runner.weights, min(AUTO_ROWS, len(prompts))
+    """Rows that the device has memory for, at most :data:`AUTO_ROWS` of its kind and as many as there are prompts."""
+    w, most = runner.weights, min(AUTO_ROWS.get(runner.device.type, 1), len(prompts))
     if runner.device.type != "cuda":
         return most
     free, _ = torch.cuda.mem_get_info(runner.device)
