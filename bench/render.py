@@ -92,10 +92,23 @@ def generation(content: dict[str, Any]) -> str:
     return table(["ms per token", *(f"{_ENGINES[engine]}, {pattern} {values}" for engine, pattern, values in ways)], body)
 
 
+def study(content: dict[str, Any]) -> str:
+    """What a study's rows keep of their dense model, and what they gain."""
+    body = []
+    for row in content["rows"]:
+        recovered = [f"{row[name]:.1%}" if row[name] is not None else "–" for name in ("rougeL_recovery", "likelihood_recovery")]
+        speed = f"{row['token_ms_batch_1']:.3f} ms" + (f" ({row['speedup_batch_1']:.2f}×)" if row["speedup_batch_1"] else "")
+        how = ", ".join(part for part in (row["pruning"], row["sparsity"], row["technique"]) if part != "–")
+        body.append([row["id"], how, f"{row['test_rougeL']:.4f}", *recovered, speed, f"{row['size_ratio']:.2f}×"])
+    header = ["row", "how", "test ROUGE-L", "of the dense model's ROUGE-L", "of its log-likelihood", "per token, batch 1", "size"]
+    return table(header, body)
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "linear-decode": linear_tables,
     "linear-prefill": linear_tables,
     "generate": generation,
+    "study-offline-28m": study,
     "pruning-quality": quality,
     "quantisation-quality": quantised,
     "size-and-memory": sizes,
