@@ -305,8 +305,8 @@ inline void micro(const uint8_t* tile, const uint8_t* x, int64_t dwords, float* 
                   const float* scale, Ahead<P>* ahead) {
   constexpr int64_t kRowBytes = P::kColumns / P::kPerDword * 4;
   typename P::Sum sum[Rows][V];
-  unrolled<Rows>([&](auto r) {
-    unrolled<V>([&](auto v) {
+  unrolled<Rows>([&](auto r) __attribute__((always_inline)) {
+    unrolled<V>([&](auto v) __attribute__((always_inline)) {
       const float* at = sums + r * stride + v * kLanes;
       if constexpr (P::kGroups)
         sum[r][v] = Int32x16(_mm512_set1_epi32(start[r]));
@@ -316,14 +316,14 @@ inline void micro(const uint8_t* tile, const uint8_t* x, int64_t dwords, float* 
         sum[r][v] = _mm512_load_ps(at);
     });
   });
-  auto step = [&](auto at) {
+  auto step = [&](auto at) __attribute__((always_inline)) {
     __m512i xs[V];
-    unrolled<V>([&](auto v) { xs[v] = _mm512_load_si512(x + 64 * (V * at + v)); });
-    unrolled<Rows>([&](auto r) {
+    unrolled<V>([&](auto v) __attribute__((always_inline)) { xs[v] = _mm512_load_si512(x + 64 * (V * at + v)); });
+    unrolled<Rows>([&](auto r) __attribute__((always_inline)) {
       int32_t dword;
       memcpy(&dword, tile + r * kRowBytes + 4 * at, sizeof dword);
       __m512i w = _mm512_set1_epi32(dword);
-      unrolled<V>([&](auto v) { sum[r][v] = P::multiply(sum[r][v], xs[v], w); });
+      unrolled<V>([&](auto v) __attribute__((always_inline)) { sum[r][v] = P::multiply(sum[r][v], xs[v], w); });
     });
   };
   if (ahead) {
@@ -341,8 +341,8 @@ inline void micro(const uint8_t* tile, const uint8_t* x, int64_t dwords, float* 
       x += 64 * V;
     }
   }
-  unrolled<Rows>([&](auto r) {
-    unrolled<V>([&](auto v) {
+  unrolled<Rows>([&](auto r) __attribute__((always_inline)) {
+    unrolled<V>([&](auto v) __attribute__((always_inline)) {
       float* at = sums + r * stride + v * kLanes;
       if constexpr (P::kGroups)
         _mm512_store_ps(at, _mm512_fmadd_ps(_mm512_cvtepi32_ps(__m512i(sum[r][v])), _mm512_set1_ps(scale[r]), _mm512_load_ps(at)));
@@ -514,15 +514,17 @@ template <int V, int R>
 [[gnu::always_inline]] inline void pairs_word(const uint8_t* const (&values)[R], const uint64_t (&bits)[R], const uint8_t* x,
                                               __m512 (&sum)[R][V]) {
   constexpr int kPair = 64 * V, kShift = V == 2 ? 7 : 6;
-  unrolled<16>([&](auto g) {
-    unrolled<R>([&](auto r) {
+  unrolled<16>([&](auto g) __attribute__((always_inline)) {
+    unrolled<R>([&](auto r) __attribute__((always_inline)) {
       constexpr int kRight = (4 * g + 1 - kShift) & 63;
       uint64_t offset = (bits[r] >> kRight | bits[r] << ((64 - kRight) & 63)) & uint64_t(7) << kShift;
       int32_t two;
       memcpy(&two, values[r] + 4 * g, sizeof two);
       auto w = __m512bh(_mm512_set1_epi32(two));
       const uint8_t* at = x + (6 * g - 1) * kPair + offset;
-      unrolled<V>([&](auto v) { sum[r][v] = _mm512_dpbf16_ps(sum[r][v], w, __m512bh(_mm512_load_si512(at + 64 * v))); });
+      unrolled<V>([&](auto v) __attribute__((always_inline)) {
+        sum[r][v] = _mm512_dpbf16_ps(sum[r][v], w, __m512bh(_mm512_load_si512(at + 64 * v)));
+      });
     });
   });
 }
@@ -535,11 +537,13 @@ template <int V, int R>
 inline void pairs_rows(const PanelRow* rows, const PanelRow* ahead, int64_t ahead_begin, const uint8_t* x, int64_t begin, int64_t end,
                        float* sums, int64_t stride) {
   __m512 sum[R][V];
-  unrolled<R>([&](auto r) { unrolled<V>([&](auto v) { sum[r][v] = _mm512_load_ps(sums + r * stride + v * kLanes); }); });
+  unrolled<R>([&](auto r) __attribute__((always_inline)) {
+    unrolled<V>([&](auto v) __attribute__((always_inline)) { sum[r][v] = _mm512_load_ps(sums + r * stride + v * kLanes); });
+  });
   for (int64_t c = begin; c < end; c += 64, x += 16 * 6 * 64 * V) {
     const uint8_t* values[R];
     uint64_t bits[R];
-    unrolled<R>([&](auto r) {
+    unrolled<R>([&](auto r) __attribute__((always_inline)) {
       values[r] = rows[r].values + c;
       memcpy(&bits[r], rows[r].bitmask + c / 8, 8);
       if (ahead) {
@@ -549,7 +553,9 @@ inline void pairs_rows(const PanelRow* rows, const PanelRow* ahead, int64_t ahea
     });
     pairs_word<V, R>(values, bits, x, sum);
   }
-  unrolled<R>([&](auto r) { unrolled<V>([&](auto v) { _mm512_store_ps(sums + r * stride + v * kLanes, sum[r][v]); }); });
+  unrolled<R>([&](auto r) __attribute__((always_inline)) {
+    unrolled<V>([&](auto v) __attribute__((always_inline)) { _mm512_store_ps(sums + r * stride + v * kLanes, sum[r][v]); });
+  });
 }
 
 // The groups behind the last whole word of 64 columns, one row at a time.
