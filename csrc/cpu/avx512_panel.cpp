@@ -6,12 +6,6 @@
 //        ...      w k0 k1                                            12 rows x 2 registers = 24 sums, no reduction at the end
 //
 // A dword holds 1 fp32, 2 bf16 or 4 int8 columns, multiplied by vfmadd, vdpbf16ps or vpdpbusd.
-//
-// bf16 weights that keep 2 of 4 skip their zeros: the 6 pairs of columns that a group may keep are laid out beforehand for
-// every group, so that a group's two stored values, one dword, meet the right pair by one load at an address of the mask's bits.
-//
-//   x of a group  ab ac bc ad bd cd     2 x 64 bytes each
-//   mask nibble   3  5  6  9  10 12     half of it, rounded down, counts the pairs from 1
 
 #include <immintrin.h>
 
@@ -199,18 +193,18 @@ void transpose(__m512i (&r)[kLanes]) {
 }
 
 // Packed activations: an fp32 scale for each row, then a block after another; bytes of one lane's row of it per column.
-template <class P, bool Pairs>
+template <class P>
 constexpr int64_t bytes_per_row(int64_t padded_columns) {
-  return padded_columns / P::kPerDword * 4 * (Pairs ? 3 : 1);
+  return padded_columns / P::kPerDword * 4;
 }
 
 inline int64_t padded_rows(int64_t m) { return (m + kLanes - 1) / kLanes * kLanes; }
 
 inline int64_t header_bytes(int64_t m) { return padded_rows(m) * 4; }
 
-template <class P, bool Pairs>
+template <class P>
 size_t activation_bytes(int64_t m, int64_t columns) {
-  return size_t(header_bytes(m) + padded_rows(m) * bytes_per_row<P, Pairs>(padded(columns)));
+  return size_t(header_bytes(m) + padded_rows(m) * bytes_per_row<P>(padded(columns)));
 }
 
 template <class X>
@@ -223,26 +217,14 @@ float largest_magnitude(const uint8_t* row, int64_t columns) {
   return float_from_bits(_mm512_reduce_max_epu32(most));
 }
 
-// The 6 pairs of a group whose columns are ab and cd, one dword per lane.
-inline void store_pairs(__m512i ab, __m512i cd, uint8_t* target, int64_t stride) {
-  const __m512i low = _mm512_set1_epi32(0xffff), high = _mm512_set1_epi32(int(0xffff0000));
-  __m512i a = _mm512_and_si512(ab, low), b = _mm512_srli_epi32(ab, 16), c = _mm512_slli_epi32(cd, 16), d = _mm512_and_si512(cd, high);
-  _mm512_store_si512(target, ab);
-  _mm512_store_si512(target + stride, _mm512_or_si512(a, c));
-  _mm512_store_si512(target + 2 * stride, _mm512_or_si512(b, c));
-  _mm512_store_si512(target + 3 * stride, _mm512_or_si512(a, d));
-  _mm512_store_si512(target + 4 * stride, _mm512_or_si512(b, d));
-  _mm512_store_si512(target + 5 * stride, cd);
-}
-
-// Rows [16 part.., ..) of x by 16 at a time. A block is (dwords, rows, 4 bytes), or (groups, 6 pairs, rows, 4 bytes).
-template <class P, class X, bool Pairs>
+// Rows [16 part.., ..) of x by 16 at a time. A block is (dwords, rows, 4 bytes).
+template <class P, class X>
 void pack(const void* x, int64_t m, int64_t columns, void* packed, int64_t part, int64_t parts) {
   constexpr int64_t kBytes = sizeof(typename X::Storage);
   constexpr int kChunk = kLanes * P::kPerDword; // columns of 16 dwords
   auto scales = static_cast<float*>(packed);
   auto blocks = static_cast<uint8_t*>(packed) + header_bytes(m);
-  int64_t row_bytes = bytes_per_row<P, Pairs>(padded(columns)), sixteens = padded_rows(m) / kLanes;
+  int64_t row_bytes = bytes_per_row<P>(padded(columns)), sixteens = padded_rows(m) / kLanes;
   for (int64_t s = sixteens * part / parts; s < sixteens * (part + 1) / parts; ++s) {
     int64_t row = s * kLanes, block = row / kBlock * kBlock;
     int64_t stride = width(m - block) * 4;
@@ -261,13 +243,8 @@ void pack(const void* x, int64_t m, int64_t columns, void* packed, int64_t part,
       for (int i = 0; i < kLanes; ++i)
         r[i] = from[i] && c < columns ? P::dwords(X{}, from[i] + c * kBytes, columns - c, inverse[i]) : _mm512_setzero_si512();
       transpose(r);
-      if constexpr (Pairs) {
-        for (int i = 0; i < kLanes; i += 2, target += 6 * stride)
-          store_pairs(r[i], r[i + 1], target, stride);
-      } else {
-        for (int i = 0; i < kLanes; ++i, target += stride)
-          _mm512_store_si512(target, r[i]);
-      }
+      for (int i = 0; i < kLanes; ++i, target += stride)
+        _mm512_store_si512(target, r[i]);
     }
   }
 }
@@ -458,7 +435,7 @@ void panel(const PanelRow* rows, int64_t n, const void* packed, int64_t m, int64
   uint8_t* tile = static_cast<uint8_t*>(scratch) + sums_bytes(m);
   uint8_t* next = tile + kTileBytes<P>;
   auto blocks = static_cast<const uint8_t*>(packed) + header_bytes(m);
-  int64_t stride = padded_rows(m), row_bytes = bytes_per_row<P, false>(padded(columns));
+  int64_t stride = padded_rows(m), row_bytes = bytes_per_row<P>(padded(columns));
   int64_t taken[kPanelRows] = {};
   int32_t row_sums[kPanelRows] = {}; // 128 times the sum of the weights: of the whole row, or for int4 the last group's, negated
   float scale[kPanelRows] = {};
@@ -509,117 +486,15 @@ void panel(const PanelRow* rows, int64_t n, const void* packed, int64_t m, int64
   finish<P>(rows, n, sums, m, static_cast<const float*>(packed), row_sums, y, first_row);
 }
 
-// 64 columns of R rows that keep 2 of 4, by V registers of activations.
-template <int V, int R>
-[[gnu::always_inline]] inline void pairs_word(const uint8_t* const (&values)[R], const uint64_t (&bits)[R], const uint8_t* x,
-                                              __m512 (&sum)[R][V]) {
-  constexpr int kPair = 64 * V, kShift = V == 2 ? 7 : 6;
-  unrolled<16>([&](auto g) __attribute__((always_inline)) {
-    unrolled<R>([&](auto r) __attribute__((always_inline)) {
-      constexpr int kRight = (4 * g + 1 - kShift) & 63;
-      uint64_t offset = (bits[r] >> kRight | bits[r] << ((64 - kRight) & 63)) & uint64_t(7) << kShift;
-      int32_t two;
-      memcpy(&two, values[r] + 4 * g, sizeof two);
-      auto w = __m512bh(_mm512_set1_epi32(two));
-      const uint8_t* at = x + (6 * g - 1) * kPair + offset;
-      unrolled<V>([&](auto v) __attribute__((always_inline)) {
-        sum[r][v] = _mm512_dpbf16_ps(sum[r][v], w, __m512bh(_mm512_load_si512(at + 64 * v)));
-      });
-    });
-  });
-}
-
-constexpr int kPairColumns = 128; // of which the activations of a block, 24 KiB, stay in the first-level cache
-
-// `ahead`: as many rows that come some steps later at column `ahead_begin`, or NULL. Each of their pieces is short and far from the
-// last one, out of reach of the processor's own prefetching.
-template <int V, int R>
-inline void pairs_rows(const PanelRow* rows, const PanelRow* ahead, int64_t ahead_begin, const uint8_t* x, int64_t begin, int64_t end,
-                       float* sums, int64_t stride) {
-  __m512 sum[R][V];
-  unrolled<R>([&](auto r) __attribute__((always_inline)) {
-    unrolled<V>([&](auto v) __attribute__((always_inline)) { sum[r][v] = _mm512_load_ps(sums + r * stride + v * kLanes); });
-  });
-  for (int64_t c = begin; c < end; c += 64, x += 16 * 6 * 64 * V) {
-    const uint8_t* values[R];
-    uint64_t bits[R];
-    unrolled<R>([&](auto r) __attribute__((always_inline)) {
-      values[r] = rows[r].values + c;
-      memcpy(&bits[r], rows[r].bitmask + c / 8, 8);
-      if (ahead) {
-        prefetch(ahead[r].values + ahead_begin + (c - begin));
-        prefetch(ahead[r].bitmask + (ahead_begin + (c - begin)) / 8);
-      }
-    });
-    pairs_word<V, R>(values, bits, x, sum);
-  }
-  unrolled<R>([&](auto r) __attribute__((always_inline)) {
-    unrolled<V>([&](auto v) __attribute__((always_inline)) { _mm512_store_ps(sums + r * stride + v * kLanes, sum[r][v]); });
-  });
-}
-
-// The groups behind the last whole word of 64 columns, one row at a time.
-template <int V>
-inline void pairs_rest(const PanelRow& row, const uint8_t* x, int64_t begin, int64_t columns, float* sums) {
-  for (int64_t c = begin; c < columns; c += 4, x += 6 * 64 * V) {
-    int nibble = row.bitmask[c / 8] >> (c % 8) & 0xf;
-    int32_t two;
-    memcpy(&two, row.values + c, sizeof two);
-    for (int v = 0; v < V; ++v) {
-      auto pair = __m512bh(_mm512_load_si512(x + ((nibble >> 1) - 1) * 64 * V + 64 * v));
-      float* at = sums + v * kLanes;
-      _mm512_store_ps(at, _mm512_dpbf16_ps(_mm512_load_ps(at), __m512bh(_mm512_set1_epi32(two)), pair));
-    }
-  }
-}
-
-constexpr int kStepsAhead = 2;
-
-template <int V>
-void pairs_block(const PanelRow* rows, int64_t n, const uint8_t* x, int64_t columns, float* sums, int64_t stride) {
-  constexpr int R = V == 2 ? 4 : 8;
-  int64_t whole = columns / 64 * 64;
-  for (int64_t c = 0; c < whole; c += kPairColumns) {
-    int64_t end = c + kPairColumns < whole ? c + kPairColumns : whole;
-    const uint8_t* here = x + c / 4 * 6 * 64 * V;
-    int64_t r = 0;
-    for (; r + R <= n; r += R) {
-      bool wraps = r + (kStepsAhead + 1) * R > n;
-      int64_t ahead = wraps ? r + kStepsAhead * R - n / R * R : r + kStepsAhead * R, ahead_begin = wraps ? end : c;
-      bool inside = ahead >= 0 && ahead + R <= n && ahead_begin < whole;
-      pairs_rows<V, R>(rows + r, inside ? rows + ahead : nullptr, ahead_begin, here, c, end, sums + r * stride, stride);
-    }
-    for (; r < n; ++r)
-      pairs_rows<V, 1>(rows + r, nullptr, 0, here, c, end, sums + r * stride, stride);
-  }
-  for (int64_t r = 0; r < n; ++r)
-    pairs_rest<V>(rows[r], x + whole / 4 * 6 * 64 * V, whole, columns, sums + r * stride);
-}
-
-void pairs_panel(const PanelRow* rows, int64_t n, const void* packed, int64_t m, int64_t columns, const Output& y, int64_t first_row,
-                 void* scratch) {
-  auto sums = static_cast<float*>(scratch);
-  auto blocks = static_cast<const uint8_t*>(packed) + header_bytes(m);
-  int64_t stride = padded_rows(m), row_bytes = bytes_per_row<Bf16Panel, true>(padded(columns));
-  memset(sums, 0, size_t(n * stride * 4));
-  for (int64_t row = 0; row < m; row += kBlock) {
-    if (width(m - row) == kBlock)
-      pairs_block<2>(rows, n, blocks + row * row_bytes, columns, sums + row, stride);
-    else
-      pairs_block<1>(rows, n, blocks + row * row_bytes, columns, sums + row, stride);
-  }
-  finish<Bf16Panel>(rows, n, sums, m, nullptr, nullptr, y, first_row);
-}
-
-template <class P, bool Pairs>
+template <class P>
 PanelKernels kernels_for(int least_m, PanelProducts products) {
   PanelKernels set{};
   set.least_m = least_m;
-  set.activation_bytes = activation_bytes<P, Pairs>;
+  set.activation_bytes = activation_bytes<P>;
   set.scratch_bytes = scratch_bytes<P>;
-  set.pack[SPARSE_ENGINE_BF16] = pack<P, Bf16, Pairs>;
-  set.pack[SPARSE_ENGINE_FP16] = pack<P, Fp16, Pairs>;
-  set.pack[SPARSE_ENGINE_FP32] = pack<P, Fp32, Pairs>;
+  set.pack[SPARSE_ENGINE_BF16] = pack<P, Bf16>;
+  set.pack[SPARSE_ENGINE_FP16] = pack<P, Fp16>;
+  set.pack[SPARSE_ENGINE_FP32] = pack<P, Fp32>;
   set.products = products;
   return set;
 }
@@ -627,12 +502,11 @@ PanelKernels kernels_for(int least_m, PanelProducts products) {
 } // namespace
 
 void add_avx512_panels(ValueKernels (&values)[kValueTypes]) {
-  values[SPARSE_ENGINE_BF16].panel[0] = kernels_for<Bf16Panel, false>(17, panel<Bf16Panel>);
-  values[SPARSE_ENGINE_BF16].panel[1] = kernels_for<Bf16Panel, true>(9, pairs_panel);
-  values[SPARSE_ENGINE_FP16].panel[0] = kernels_for<Fp32Panel<Fp16>, false>(17, panel<Fp32Panel<Fp16>>);
-  values[SPARSE_ENGINE_FP32].panel[0] = kernels_for<Fp32Panel<Fp32>, false>(17, panel<Fp32Panel<Fp32>>);
-  values[SPARSE_ENGINE_INT8].panel[0] = kernels_for<Int8Panel, false>(17, panel<Int8Panel>);
-  values[SPARSE_ENGINE_INT4].panel[0] = kernels_for<Int4Panel, false>(17, panel<Int4Panel>);
+  values[SPARSE_ENGINE_BF16].panel = kernels_for<Bf16Panel>(17, panel<Bf16Panel>);
+  values[SPARSE_ENGINE_FP16].panel = kernels_for<Fp32Panel<Fp16>>(17, panel<Fp32Panel<Fp16>>);
+  values[SPARSE_ENGINE_FP32].panel = kernels_for<Fp32Panel<Fp32>>(17, panel<Fp32Panel<Fp32>>);
+  values[SPARSE_ENGINE_INT8].panel = kernels_for<Int8Panel>(17, panel<Int8Panel>);
+  values[SPARSE_ENGINE_INT4].panel = kernels_for<Int4Panel>(17, panel<Int4Panel>);
 }
 
 } // namespace sparse_engine

@@ -29,8 +29,6 @@ constexpr int64_t kBytesPerThread = 32 << 10;
 constexpr int64_t kChunksPerThread = 4;
 // Rows of a panel come in multiples of this, the steps of its kernels.
 constexpr int64_t kPanelGranule = 24;
-// Activations laid out by pairs take three times their bytes: where they leave the caches, reading them costs more than zeros do.
-constexpr size_t kMostPairBytes = size_t(4) << 20;
 // A panel sums int8 products of whole rows in int32: 127 · 127 times this stays below 2^31.
 constexpr int64_t kMostPanelColumns = 1 << 17;
 // Fewer activation rows than this are packed by the calling thread: a parallel region costs more.
@@ -122,7 +120,6 @@ struct Linear::Groups {
 Linear::Linear(const KernelSet& set, const Weight& weight)
     : kernels_(set.values[weight.type]), w_(weight),
       half_(weight.bitmask && !weight.row_offsets && weight.group > 0 && 8 % weight.group == 0 && 2 * weight.row_values == weight.columns),
-      pairs_(half_ && weight.group <= 4 && weight.columns % 4 == 0),
       padded_columns_((weight.columns + kColumnPad - 1) / kColumnPad * kColumnPad), tail_row_(weight.rows) {
   if (!w_.bitmask) return;
   while (tail_row_ > 0 && (w_.values_count - w_.start(tail_row_)) * element_bytes(w_.type) < kOverread)
@@ -150,9 +147,7 @@ const uint8_t* Linear::values(int64_t row) const {
 }
 
 const PanelKernels* Linear::panel_for(int64_t m) const {
-  const PanelKernels& pairs = kernels_.panel[1];
-  bool skips_zeros = pairs_ && pairs.products && pairs.activation_bytes(m, w_.columns) <= kMostPairBytes;
-  const PanelKernels& panel = kernels_.panel[skips_zeros];
+  const PanelKernels& panel = kernels_.panel;
   if (w_.type == SPARSE_ENGINE_INT8 && w_.columns > kMostPanelColumns) return nullptr;
   return w_.bitmask && panel.products && m >= panel.least_m ? &panel : nullptr;
 }

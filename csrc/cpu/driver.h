@@ -108,8 +108,7 @@ private:
 
   const ValueKernels& kernels_;
   Weight w_;
-  bool half_;  // every mask byte keeps 4 values
-  bool pairs_; // every run of 4 columns keeps 2
+  bool half_; // every mask byte keeps 4 values
   int64_t padded_columns_;
   int64_t tail_row_; // first row of the copy
   const uint8_t* tail_ = nullptr;

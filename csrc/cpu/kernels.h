@@ -88,7 +88,7 @@ struct ValueKernels {
   RowsByActivations dense[kMaxActivations + 1];      // int4: none
   RowsByActivations dense_one[kMaxActivations + 1];
   ExpandRow expand[kDtypes]; // [type of out]; NULL where a type of weight cannot be expanded to it
-  PanelKernels panel[2];     // [every run of 4 columns keeps 2]; without the second the first serves
+  PanelKernels panel;
 };
 
 struct KernelSet {
