@@ -15,6 +15,7 @@ from sparse_engine.engine.choice import Choice
 from sparse_engine.engine.kernels import advance
 from sparse_engine.engine.kernels.embed import POSITION_OFFSET
 from sparse_engine.engine.native_step import Decoder, Description
+from sparse_engine.engine.prefill import chunks
 from sparse_engine.engine.runner import Cache, Runner
 from sparse_engine.errors import InputError
 from sparse_engine.linear import SparseLinear
@@ -52,14 +53,8 @@ class CpuRunner(Runner):
         self._decoder: Decoder | None = None
 
     def prefill(self, cache: Cache, rows: Sequence[int], prompts: Sequence[Tensor]) -> Tensor:
-        logits, first = [], 0
-        while first < len(prompts):
-            last, tokens = first + 1, len(prompts[first])
-            while last < len(prompts) and tokens + len(prompts[last]) <= _CHUNK_TOKENS:
-                tokens += len(prompts[last])
-                last += 1
-            logits.append(self._prompt(cache, rows[first:last], prompts[first:last]))
-            first = last
+        parts = chunks([len(prompt) for prompt in prompts], _CHUNK_TOKENS)
+        logits = [self._prompt(cache, [rows[i] for i in part], [prompts[i] for i in part]) for part in parts]
         return torch.cat(logits)
 
     def logits(self, cache: Cache) -> Tensor:

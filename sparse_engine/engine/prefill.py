@@ -16,7 +16,7 @@ from torch import Tensor
 from sparse_engine.engine.kernels.embed import POSITION_OFFSET
 from sparse_engine.engine.weights import DecoderLayer, DecoderWeights, LayerNormWeights
 
-__all__ = ["CHUNK_TOKENS", "prefill"]
+__all__ = ["CHUNK_TOKENS", "chunks", "prefill"]
 
 CHUNK_TOKENS = 16384
 """Prompt tokens that pass at a time, which bounds the memory of the activations; a longer prompt passes alone."""
@@ -27,16 +27,17 @@ def prefill(weights: DecoderWeights, k_cache: Tensor, v_cache: Tensor, rows: Seq
 
     Gives the logits (len(prompts), V) behind each prompt.
     """
-    chunks = list(_chunks([len(prompt) for prompt in prompts]))
-    logits = [_pass(weights, k_cache, v_cache, [rows[i] for i in chunk], [prompts[i] for i in chunk]) for chunk in chunks]
+    parts = chunks([len(prompt) for prompt in prompts], CHUNK_TOKENS)
+    logits = [_pass(weights, k_cache, v_cache, [rows[i] for i in part], [prompts[i] for i in part]) for part in parts]
     return torch.cat(logits) if len(logits) > 1 else logits[0]
 
 
-def _chunks(lengths: Sequence[int]) -> Iterator[list[int]]:
+def chunks(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Indices of consecutive prompts that have at most ``most`` tokens together; a longer prompt is alone."""
     chunk: list[int] = []
     tokens = 0
     for index, length in enumerate(lengths):
-        if chunk and tokens + length > CHUNK_TOKENS:
+        if chunk and tokens + length > most:
             yield chunk
             chunk, tokens = [], 0
         chunk.append(index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -13,11 +14,11 @@ from sparse_engine.linear import SparseLinear
 __all__ = ["DenseProduct", "PackedProduct", "Product", "SideBySide", "product", "stacked"]
 
 
-class Product:
+class Product(ABC):
     """y (M, out) = x (M, in) Wᵀ + b, then ReLU where asked for."""
 
-    def __call__(self, x: Tensor, *, relu: bool = False) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def __call__(self, x: Tensor, *, relu: bool = False) -> Tensor: ...
 
     def onto(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """``residual`` + y as (sum, None), or (``residual``, y) where adding them is left to the LayerNorm that follows."""
