@@ -19,6 +19,8 @@
 //   The k-warps' sums meet in shared memory, those of a cluster's blocks in distributed shared memory.
 #pragma once
 
+#include "dependent.cuh"
+
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned long long u64;
@@ -156,20 +158,6 @@ __device__ __forceinline__ u32 back_selector(int bits) { return bits == 0 ? 0x44
 // A table of 16 words spread over the lanes (lane l holds entry l % 16) and read by shuffle: any lane may look up any mask of four
 // columns, without bank conflicts and without clearing the index's upper bits.
 __device__ __forceinline__ u32 look_up(u32 entry, u32 index) { return __shfl_sync(0xffffffffu, entry, (int)index); }
-
-// Launched with programmatic serialisation, a kernel starts while its predecessor still runs: weights may be read at once,
-// everything else only after wait_predecessor.
-__device__ __forceinline__ void release_successor() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void wait_predecessor() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 // Rows of x held per buffer: the real ones for one n-tile, whose other lanes read zeros; else all, the rest zeroed once.
 __device__ __forceinline__ int staged_rows(int m) { return N_TILES == 1 ? m : 8 * N_TILES; }

@@ -1,6 +1,8 @@
 // Activations of any of three types, 16 bytes at a time, and what every kernel of a decode step does at its start.
 #pragma once
 
+#include "dependent.cuh"
+
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned long long u64;
@@ -74,18 +76,4 @@ __device__ __forceinline__ void store_element(void* base, long long index, float
       asm("cvt.rn.f16.f32 %0, %1;" : "=h"(v) : "f"(f));
     ((u16*)base)[index] = v;
   }
-}
-
-// Launched with programmatic serialisation, a kernel starts while its predecessors still run: what none of them writes may be read
-// at once, everything else only after wait_predecessor, which every kernel calls so that its end means theirs.
-__device__ __forceinline__ void release_successor() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void wait_predecessor() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
 }

@@ -4,6 +4,8 @@
 //   dense   (rows, cols) 16-bit elements, row-major; every element is written
 //
 // A warp takes one tile of 16 rows by one unit of 256 columns; lane (g, t) the rows g and g + 8 of it.
+#include "dependent.cuh"
+
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned long long u64;
@@ -30,11 +32,9 @@ __device__ __forceinline__ void store_four(const Params& p, int row, int column,
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) expand_nm(const __grid_constant__ Params p) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  release_successor();
   // The copy before this one may still be read.
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+  wait_predecessor();
   const int unit = (blockIdx.x * THREADS + threadIdx.x) / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   if (unit >= p.tiles * p.units) return;
   const int row = unit / p.units * 16 + g, first = unit % p.units * 256;
