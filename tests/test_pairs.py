@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, OPTForCausalLM
 
 from sparse_engine.data import AnswerCollator, Pair, build_prompt, encode_pair, encode_pairs, load_pairs
 from sparse_engine.data.encode import IGNORED
+from sparse_engine.data.prompt import windows
 from sparse_engine.demo.embedded import CHECKPOINT, bills
 from sparse_engine.errors import InputError
 
@@ -134,3 +135,16 @@ def test_real_billsum_rows_load(data_dir: Path) -> None:
     found = load_pairs(str(data_dir / "data" / "billsum_real100.jsonl.zst"))
     assert len(found) == 100
     assert all(pair.text.strip() and pair.summary.strip() for pair in found)
+
+
+def test_windows_are_the_whole_text_in_pieces_and_each_an_example(tokenizer, pairs: list[Pair]) -> None:
+    text = pairs[0].text.strip()
+    pieces = windows(text, tokenizer, 100, 1000)
+    assert "".join(pieces) == text
+    assert len(pieces) == -(-len(tokenizer(text, add_special_tokens=False)["input_ids"]) // 100)
+    assert windows(text, tokenizer, 100, 2) == pieces[:2]
+    assert windows("", tokenizer, 100, 2) == [""]
+    encoded = encode_pairs(pairs[:1], tokenizer, text_windows=3, max_text_tokens=100, positions=512)
+    assert len(encoded) == 3
+    for example, piece in zip(encoded, pieces, strict=False):
+        assert example == encode_pair(Pair("0", piece, pairs[0].summary), tokenizer, max_text_tokens=100, positions=512)

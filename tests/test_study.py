@@ -97,7 +97,7 @@ def _lines(out: Path) -> dict[str, dict[str, object]]:
 
 
 def test_shipped_recipes_have_the_published_shape(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert set(shipped_recipes()) == {"offline-28m", "opt-125m-350m", "smoke"}
+    assert set(shipped_recipes()) == {"offline-28m", "opt-125m-350m", "recovery-28m", "smoke"}
     monkeypatch.setenv("SPARSE_ENGINE_DATA", str(tmp_path))
     published = load_recipe("opt-125m-350m")
     with_figures = [row for row in published.rows.values() if row.published]

@@ -62,6 +62,9 @@ def finetune(
     ] = _DEFAULT.distill_hidden,
     max_text_tokens: Annotated[int, typer.Option("--max-text-tokens")] = _DEFAULT.max_text_tokens,
     max_summary_tokens: Annotated[int, typer.Option("--max-summary-tokens")] = _DEFAULT.max_summary_tokens,
+    text_windows: Annotated[
+        int, typer.Option("--text-windows", help="Learn from so many windows of a long text, for distillation; 1: from its start.")
+    ] = _DEFAULT.text_windows,
     precision: Annotated[str, typer.Option("--precision", help="auto, bf16 or fp32 computation; weights train in fp32.")] = "auto",
     seed: Annotated[int, typer.Option("--seed")] = _DEFAULT.seed,
     dtype: Dtype = None,
@@ -83,6 +86,7 @@ def finetune(
         model_dropout=None if dropout < 0 else dropout,
         max_text_tokens=max_text_tokens,
         max_summary_tokens=max_summary_tokens,
+        text_windows=text_windows,
         evaluations=evaluations,
         patience=patience,
         seed=seed,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from sparse_engine.data.pairs import Pair
-from sparse_engine.data.prompt import END, prompt_tokens, truncate
+from sparse_engine.data.prompt import END, prompt_tokens, truncate, windows
 from sparse_engine.errors import InputError
 
 __all__ = ["IGNORED", "AnswerCollator", "Encoded", "encode_pair", "encode_pairs"]
@@ -44,8 +44,13 @@ def encode_pair(pair: Pair, tokenizer: Any, *, max_text_tokens: int = 1024, max_
     return Encoded(input_ids=prompt + answer, answer=len(prompt))
 
 
-def encode_pairs(pairs: Iterable[Pair], tokenizer: Any, **limits: int) -> list[Encoded]:
-    """:func:`encode_pair` of each."""
+def encode_pairs(
+    pairs: Iterable[Pair], tokenizer: Any, *, text_windows: int = 1, max_text_tokens: int = 1024, **limits: int
+) -> list[Encoded]:
+    """:func:`encode_pair` of each, and of at most ``text_windows`` consecutive windows of each text."""
+    limits["max_text_tokens"] = max_text_tokens
+    if text_windows > 1:
+        pairs = (replace(p, text=part) for p in pairs for part in windows(p.text.strip(), tokenizer, max_text_tokens, text_windows))
     return [encode_pair(pair, tokenizer, **limits) for pair in pairs]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from sparse_engine.errors import InputError
 
-__all__ = ["END", "build_prompt", "extract_summary", "prompt_tokens", "render_example", "truncate"]
+__all__ = ["END", "build_prompt", "extract_summary", "prompt_tokens", "render_example", "truncate", "windows"]
 
 _HEAD = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -22,6 +22,13 @@ def truncate(text: str, tokenizer: Any, max_tokens: int) -> str:
     encoded = tokenizer(text, add_special_tokens=False, truncation=True, max_length=max_tokens, return_offsets_mapping=True)
     offsets = encoded["offset_mapping"]
     return text[: offsets[-1][1]] if len(offsets) >= max_tokens else text
+
+
+def windows(text: str, tokenizer: Any, max_tokens: int, count: int) -> list[str]:
+    """``text`` cut into consecutive pieces of ``max_tokens`` tokens, at most ``count`` of them; one empty piece of an empty text."""
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    starts = [offsets[first][0] for first in range(0, len(offsets), max_tokens)] or [0]
+    return [text[start:end] for start, end in zip(starts, [*starts[1:], len(text)], strict=True)][:count]
 
 
 def build_prompt(text: str, tokenizer: Any, max_text_tokens: int = 1024) -> str:

@@ -106,8 +106,8 @@ def finetune(
         "positions": checkpoint.family.max_length(checkpoint.config),
     }
     examples = [
-        encode_pairs(track(pairs, f"encoding {name} examples", len(pairs)), tokenizer, **limits)
-        for name, pairs in (("training", train), ("validation", validation))
+        encode_pairs(track(pairs, f"encoding {name} examples", len(pairs)), tokenizer, text_windows=count, **limits)
+        for name, pairs, count in (("training", train, settings.text_windows), ("validation", validation, 1))
     ]
     model = _model(path, masks, settings, place)
     taught_by = _teacher(teacher, checkpoint) if teacher else None

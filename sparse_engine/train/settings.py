@@ -32,6 +32,8 @@ class FinetuneSettings:
         warmup: share of the updates over which the rate rises before it falls linearly.
         max_steps: stop after so many updates; -1 trains ``epochs``.
         model_dropout: replaces the model's own dropout, which a model that was trained without it does not bear; None keeps it.
+        text_windows: at most so many consecutive windows of ``max_text_tokens`` of a training text become examples, each with the
+            text's summary. More than the first are texts that the teacher can be asked about, and no true example of the task.
         evaluations: times per epoch that validation loss is measured and a checkpoint is kept.
         patience: evaluations without a better validation loss before training stops; 0 never stops early.
         bits: 8 or 4 for a quantised base of an adapter method; None picks 8 for qlora and none for sparse-lora; 0 forces none.
@@ -58,6 +60,7 @@ class FinetuneSettings:
     model_dropout: float | None = 0.0
     max_text_tokens: int = 1024
     max_summary_tokens: int = 128
+    text_windows: int = 1
     evaluations: int = 2
     patience: int = 0
     seed: int = 0
@@ -78,7 +81,7 @@ class FinetuneSettings:
             if getattr(self, name) not in known:
                 raise InputError(f"{name} {getattr(self, name)!r} is unknown: use {', '.join(str(k) for k in known if k is not None)}")
         positive = ("epochs", "learning_rate", "batch_size", "accumulate", "evaluations", "rank", "alpha", "distill_temperature")
-        for name in (*positive, "max_text_tokens", "max_summary_tokens"):
+        for name in (*positive, "max_text_tokens", "max_summary_tokens", "text_windows"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("warmup", "lora_dropout", "distill_weight"):
