@@ -75,6 +75,7 @@ _ENGINES = {"hf-eager": "transformers", "hf-static": "transformers, static cache
 def generation(content: dict[str, Any]) -> str:
     """Milliseconds per token of every way to run a model, with the speed-up over the engine's own dense model."""
     rows = content["rows"]
+    rows = [row | {"values": _values(row)} for row in rows]
     ways = list(dict.fromkeys((row["engine"], row["pattern"], row["values"]) for row in rows))
     found = {(row["model"], row["batch"], row["engine"], row["pattern"], row["values"]): row for row in rows}
     body = []
@@ -89,7 +90,19 @@ def generation(content: dict[str, Any]) -> str:
             gain = f" ({dense['ms_per_token'] / row['ms_per_token']:.2f}×)" if dense and row is not dense else ""
             cells.append(f"{row['ms_per_token']:.3g} ms{gain}")
         body.append(cells)
-    return table(["ms per token", *(f"{_ENGINES[engine]}, {pattern} {values}" for engine, pattern, values in ways)], body)
+    found_rows = table(["ms per token", *(f"{_ENGINES[engine]}, {pattern} {values}" for engine, pattern, values in ways)], body)
+    return found_rows + "".join(f"\n{budget_table(each)}" for each in content.get("budgets", []))
+
+
+def _values(row: dict[str, Any]) -> str:
+    return row["values"] + (", int8 head" if row.get("head", "bf16") == "int8" else "")
+
+
+def budget_table(found: dict[str, Any]) -> str:
+    """Where the microseconds of one step go."""
+    title = f"{found['model']}, {found['pattern']} {_values(found)}, batch {found['batch']}"
+    body = [[part["part"], str(part["kernels"]), f"{part['us']:.1f}", f"{part['share']:.0%}"] for part in found["parts"]]
+    return table([title, "kernels", "µs of a step", "share"], body)
 
 
 def study(content: dict[str, Any]) -> str:

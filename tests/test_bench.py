@@ -19,6 +19,7 @@ import torch
 from sparse_engine import cuda, native, registry, tuning
 from sparse_engine.bench import linear_gpu, read_floor, report, run
 from sparse_engine.bench import tune as bench_tune
+from sparse_engine.bench.budget import Span, budget
 from sparse_engine.bench.suite import FIELDS, Suite, key_of, wrong_field
 from sparse_engine.bench.timing import take_turns
 from sparse_engine.bench.tune import Bucket, Candidate, buckets, pending, settle, tune
@@ -445,3 +446,32 @@ def test_a_device_that_cannot_be_measured_is_an_error(tmp_path: Path, monkeypatc
     monkeypatch.setattr(native, "available", lambda: "is missing")
     with pytest.raises(KernelUnavailableError, match="latency suite on cpu is missing"):
         run.run(replace(Suite(), shapes=((16, 64),)), CPU, tmp_path / "x.json")
+
+
+def test_a_budget_charges_each_part_with_what_it_puts_off_the_end() -> None:
+    layer = ["layer_norm", "decode_nm", "attention_decode", "decode_nm", "layer_norm", "decode_nm", "decode_nm"]
+    names = ["embed", *layer, *layer, "layer_norm", "nvjet_head", "greedy"]
+    # Every kernel starts 3 µs before its predecessor ends and ends 2 µs behind it; the head takes 9.
+    spans, at = [Span("greedy", -2.0, 0.0)], 0.0
+    for name in names:
+        took = 9.0 if name == "nvjet_head" else 2.0
+        spans.append(Span(name, at - 3, at + took))
+        at += took
+    parts = {row["part"]: row for row in budget(spans)}
+    counts = {part: row["kernels"] for part, row in parts.items()}
+    assert counts == {
+        "embedding": 1,
+        "LayerNorm": 5,
+        "qkv product": 2,
+        "attention": 2,
+        "out product": 2,
+        "fc1 and fc2 products": 4,
+        "head": 1,
+        "choice of the token": 1,
+    }
+    assert parts["head"]["us"] == 9.0
+    assert parts["fc1 and fc2 products"]["us"] == 8.0
+    assert sum(row["us"] for row in parts.values()) == pytest.approx(at)
+    assert sum(row["share"] for row in parts.values()) == pytest.approx(1, abs=1e-3)
+    with pytest.raises(ValueError, match="two are needed"):
+        budget(spans[1:])

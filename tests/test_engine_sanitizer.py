@@ -1,0 +1,54 @@
+"""The engine on a tiny model under compute-sanitizer: no kernel of a generation reads or writes outside its tensors, or races."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GENERATE = """
+import sys, torch
+from sparse_engine import EngineOPTForCausalLM, SparseOPTForCausalLM
+
+path, pattern = sys.argv[1:]
+settings = {"dtype": torch.bfloat16}
+if pattern == "dense":
+    model = EngineOPTForCausalLM.from_pretrained(path, **settings)
+elif pattern == "0.5":
+    model = SparseOPTForCausalLM.from_pretrained(path, sparsity=0.5, **settings)
+else:
+    model = SparseOPTForCausalLM.from_pretrained(path, nm=pattern, **settings)
+model = model.to("cuda").eval()
+ids = torch.randint(4, 200, (5, 9), generator=torch.Generator().manual_seed(0)).cuda()
+mask = torch.ones_like(ids)
+mask[1, :4] = 0
+for batch in (1, 5):
+    for options in ({}, {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}, {"do_sample": True, "top_k": 5}):
+        given = {"input_ids": ids[:batch], "attention_mask": mask[:batch], "max_new_tokens": 4} | options
+        assert model.generate(**({"do_sample": False} | given)).shape[0] == batch
+        assert model.generation_path.startswith("engine"), model.generation_path
+torch.cuda.synchronize()
+print("generated")
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+@pytest.mark.parametrize("pattern", ["dense", "2:4", "0.5"])
+def test_generation_is_clean(pattern: str, tool: str, tiny_opt: Path) -> None:
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer (CUDA toolkit) is not installed")
+    # Kernels of the libraries are the libraries' affair.
+    kernels = ("decode", "attention", "embed", "greedy", "advance", "penalise", "layer_norm", "arrange", "expand")
+    filters = [argument for name in kernels for argument in ("--kernel-name", f"regex:{name}")]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *filters, sys.executable, "-c", GENERATE, str(tiny_opt), pattern]
+    environment = os.environ | {"SPARSE_ENGINE_GENERATE": "engine"}
+    found = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=240)
+    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-2000:]
+    assert "generated" in found.stdout
