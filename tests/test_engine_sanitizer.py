@@ -46,7 +46,7 @@ def test_generation_is_clean(pattern: str, tool: str, tiny_opt: Path) -> None:
         pytest.skip("compute-sanitizer (CUDA toolkit) is not installed")
     # Kernels of the libraries are the libraries' affair.
     kernels = ("decode", "attention", "embed", "greedy", "advance", "penalise", "layer_norm", "arrange", "expand")
-    filters = [argument for name in kernels for argument in ("--kernel-name", f"regex:{name}")]
+    filters = [argument for name in kernels for argument in ("--kernel-regex", f"kns={name}")]
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *filters, sys.executable, "-c", GENERATE, str(tiny_opt), pattern]
     environment = os.environ | {"SPARSE_ENGINE_GENERATE": "engine"}
     found = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=240)
