@@ -1,7 +1,7 @@
 """Writes the README's measured tables and its plot from the JSON under bench/results; `--check` only says whether they are current.
 
 A block in README.md between `<!-- results: NAME DEVICE -->` and `<!-- /results -->` is replaced by the table of
-bench/results/DEVICE/NAME.json.
+bench/results/DEVICE/NAME.json, and empty as long as there is none.
 
     python bench/render.py
 """
@@ -132,7 +132,9 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 def render(text: str) -> str:
     def fill(match: re.Match[str]) -> str:
-        content = json.loads((RESULTS / match[3] / f"{match[2]}.json").read_text())
+        if not (path := RESULTS / match[3] / f"{match[2]}.json").is_file():
+            return match[1] + match[4]
+        content = json.loads(path.read_text())
         made = f"\nMeasured by `{content['environment']['command']}` ([JSON](bench/results/{match[3]}/{match[2]}.json)).\n"
         return match[1] + RENDERERS[match[2]](content) + made + match[4]
 

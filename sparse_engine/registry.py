@@ -51,7 +51,7 @@ DENSE_GAIN = 1.02
 Layout = Mapping[str, Tensor]
 """Tensors in the form that a kernel reads; for an in-place kernel the packed tensors themselves."""
 
-ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
+ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Numbers of activation rows at which the choice of kernel is made; more rows than the last use the last."""
 
 

@@ -17,14 +17,15 @@ import pytest
 import torch
 
 from sparse_engine import cuda, native, registry, tuning
-from sparse_engine.bench import linear_gpu, read_floor, report, run
+from sparse_engine.bench import conditions, linear_gpu, read_floor, report, run
 from sparse_engine.bench import tune as bench_tune
 from sparse_engine.bench.budget import Span, budget
+from sparse_engine.bench.shapes import _random_groups
 from sparse_engine.bench.suite import FIELDS, Suite, key_of, wrong_field
 from sparse_engine.bench.timing import take_turns
 from sparse_engine.bench.tune import Bucket, Candidate, buckets, pending, settle, tune
 from sparse_engine.cli import main
-from sparse_engine.cli.common import parse_rows, split_list
+from sparse_engine.cli.common import parse_rows, regime_rows, split_list
 from sparse_engine.cli.tune import _wanted
 from sparse_engine.convert import convert
 from sparse_engine.errors import InputError, KernelUnavailableError
@@ -200,6 +201,7 @@ def test_only_what_lacks_a_kernel_is_pending(tmp_path: Path, monkeypatch: pytest
     entries = [Entry("2:4", BF16, (64, 64), rows, {name: Measured(1.0)}) for rows, name in ((1, "dense"), (2, "cuda_nm"))]
     tuning.record("Test GPU", entries, path=path)
     assert [bucket.rows for bucket in pending(wanted, CPU, path)] == [2, 4]
+    assert pending(wanted, CPU, path, {"cuda_nm"}) == []
 
 
 class FakeReplay:
@@ -272,7 +274,7 @@ def test_tables_are_geometric_means_per_class_and_model() -> None:
         "| M = 1, OPT-125m | 4.00× (3.00×), 50% | – | 4.00× |",
         "| M = 2 … 16, 128 MB and more | 1.00× (0.75×) | – | – |",
     ]
-    assert "| opt-66b | 0.50× (0.38×) | 0.50× (0.38×) | – | 1.00× (0.75×) | – | – |" in report.by_model(rows)
+    assert "| opt-66b | 0.50× (0.38×) | 0.50× (0.38×) | – | 1.00× (0.75×) | – | – |" in report.by_model(rows, (1, 16, 64))
     few = {"environment": {}, "rows": rows}
     assert report.linear_tables(few) == report.by_width(rows) + "\n" + report.by_shape(rows)
     assert report.by_width(rows).splitlines()[2:4] == [
@@ -284,6 +286,68 @@ def test_tables_are_geometric_means_per_class_and_model() -> None:
     many = {"environment": {}, "rows": [row(n=n) for n in range(16, 32)]}
     assert report.linear_tables(many).count("geometric means") == 1
     assert "linears of" in report.linear_tables(many)
+
+
+def test_a_gpus_many_rows_are_told_with_clock_and_power() -> None:
+    rows = [
+        row(m=m, n=n, k=n, us=us, sm_mhz=mhz) for m, n, us, mhz in ((256, 2048, 1.0, 1700), (256, 4096, 4.0, 1800), (256, 768, 2.0, None))
+    ]
+    rows += [row(m=1024, n=4096, k=2048, pattern="4:8", us=2.0, limit_share=0.6, power_w=650.4, sm_mhz=1500)]
+    content = {"environment": {"gpu": "Test GPU"}, "rows": rows}
+    assert report.linear_tables(content) == report.by_rows(rows) + "\n" + report.by_model(rows, (256, 1024, 4096))
+    assert report.by_rows(rows).splitlines() == [
+        "| geometric means | 2:4 bf16 | 4:8 bf16 | 2:4 over searched cuSPARSELt | clock | power |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| M = 256, 2048 wide and more | 1.00× (0.75×) | – | – | 1750 MHz | – |",
+        "| M = 256, narrower | 1.00× (0.75×) | – | – | – | – |",
+        "| M = 1024, 2048 wide and more | – | 1.00× (0.75×), 60% | – | 1500 MHz | 650 W |",
+    ]
+    assert conditions.summary(rows) == {"power_w": [650.4] * 3, "sm_mhz": [1500, 1700, 1800]}
+
+
+def test_a_regime_names_its_rows_and_its_file(cli) -> None:
+    for device, least in (("cpu", 128), ("cuda", 256)):
+        assert run.name_of(Suite(rows=(least, 8192)), torch.device(device)) == "linear-prefill"
+        assert run.name_of(Suite(rows=(least - 1, 8192)), torch.device(device)) == "linear-decode"
+    assert regime_rows("decode")[-1] == 128
+    assert regime_rows("prefill") == [256, 512, 1024, 2048, 4096, 8192]
+    assert {*regime_rows("prefill")} < {*registry.ROW_BUCKETS}
+    for command in ("bench", "tune"):
+        code, out, errors = cli(command, "--regime", "training", *(() if command == "tune" else ("--device", "cpu")))
+        assert (code, out, errors.count("\n")) == (2, "", 1)
+    assert cli("bench", "--device", "cpu", "--budget", "0")[0] == 2
+
+
+def test_a_budget_is_shared_by_the_rows_that_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    pace = linear_gpu.Pace(10.0, 10)
+    assert pace.rounds(0.1) == 9, "a second for each row, the uncounted round left out"
+    now[0] += 2.0
+    pace.done(1.0)
+    # 8 s for 9 rows that each take a second beside their rounds: the least that a median needs.
+    assert pace.rounds(0.1) == 3
+    assert linear_gpu.Pace(None, 10).rounds(100.0) == linear_gpu.Pace(1e9, 10).rounds(0.1) == 11
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (16, 32)])
+def test_random_weights_keep_what_the_pattern_says_wherever_they_can(n: int, m: int) -> None:
+    keep = _random_groups(4096, n, m, "cpu")
+    assert (keep.sum(1) == n).all()
+    assert float((keep.double().mean(0) - n / m).abs().max()) < 0.05
+
+
+def test_the_tensor_cores_limit_is_half_for_two_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert conditions.sample(CPU, lambda: None, 1.0) == {"power_w": None, "sm_mhz": None}
+    nvml: Any = type("Nvml", (), {"most_sm_mhz": lambda self: 2000})()
+    monkeypatch.setattr(conditions, "_of", lambda device: nvml)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("Properties", (), {"multi_processor_count": 100}))
+    place = torch.device("cuda")
+    # 4096 floating-point operations a clock, 100 processors, 2 GHz: 819 TFLOP/s.
+    assert conditions.tensor_limit_us(place, HALF, BF16, 4096, 4096, 4096) == pytest.approx(2 * 4096**3 / 819.2e6)
+    assert conditions.tensor_limit_us(place, TWO_FOUR, BF16, 4096, 4096, 4096) == pytest.approx(4096**3 / 819.2e6)
+    assert conditions.tensor_limit_us(place, HALF, torch.float32, 64, 64, 64) is None
 
 
 def test_plot_is_the_same_file_for_the_same_figures(tmp_path: Path) -> None:
@@ -307,6 +371,11 @@ class CalledReplay:
 
     def __init__(self, products: Any, pool: object = None) -> None:
         self.products = tuple(products)
+
+    count = 1
+
+    def start(self) -> None:
+        self.us()
 
     def us(self) -> float:
         begun = time.perf_counter()
@@ -429,10 +498,12 @@ def test_tune_end_to_end_on_a_small_shape(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.gpu
-def test_bench_of_one_shape_on_a_gpu(tmp_path: Path) -> None:
-    suite = Suite(shapes=((256, 512),), rows=(1, 16), dtypes=("bf16",))
+@pytest.mark.parametrize("counts", [(1, 16), (256, 512)])
+def test_bench_of_one_shape_on_a_gpu(counts: tuple[int, ...], tmp_path: Path) -> None:
+    suite = Suite(shapes=((256, 512),), rows=counts, dtypes=("bf16",), budget=5.0)
     content = run.run(suite, torch.device("cuda"), tmp_path / "linear-decode.json")
     assert len(content["rows"]) == len(suite) == 6
+    assert content["environment"]["max_sm_mhz"] >= content["environment"]["sm_mhz"][2] > 0
     for measured in content["rows"]:
         assert wrong_field(measured) is None
         assert measured["kernel"] != "reference"

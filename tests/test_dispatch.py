@@ -267,8 +267,8 @@ def test_a_layer_holds_what_its_kernels_read_and_gives_its_weight_back(
 
 
 def test_inspect_says_which_kernel_runs_and_where_its_time_is_from() -> None:
-    def choice(kernel: str, us: float | None, source: str) -> dict[str, object]:
-        return {"kernel": kernel, "us": us, "source": source}
+    def choice(kernel: str, us: float | None, source: str, form: str | None = None) -> dict[str, object]:
+        return {"kernel": kernel, "form": form, "us": us, "source": source}
 
     measured = {"1": choice("a", 1.394, tuning.SHIPPED), "16": choice("a", 7.0, tuning.SHIPPED), "32": choice("dense", 9.0, tuning.USER)}
     rest = {"4096": choice("b", None, registry.ESTIMATE)}
@@ -276,6 +276,8 @@ def test_inspect_says_which_kernel_runs_and_where_its_time_is_from() -> None:
         "a to M = 16 (1.39 … 7.00 µs, shipped table), dense to M = 32 (9.00 µs, user's table), b beyond (estimate)"
     )
     assert _compact({"1": choice("a", None, registry.ESTIMATE), "4096": choice("a", None, registry.ESTIMATE)}) == "a (estimate)"
+    forms = {str(m): choice("a", 5.0, tuning.USER, form) for m, form in ((1, "x.cu"), (128, "x.cu"), (256, "y.cu"))}
+    assert _compact(forms) == "a x.cu to M = 128 (5.00 µs, user's table), a y.cu beyond (5.00 µs, user's table)"
     verdict = {"kernel": "a", "chosen": True, "cost_us": 1.394, "reason": None, "source": tuning.USER, "config": ["x.cu", 1]}
     assert _why_line(verdict) == "a: chosen, 1.39 µs (user's table, x.cu 1)"
     assert _why_line(verdict | {"chosen": False, "reason": "is slow"}) == "a: rejected: is slow; 1.39 µs (user's table, x.cu 1)"

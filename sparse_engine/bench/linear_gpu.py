@@ -1,11 +1,14 @@
 """Times the kernel that dispatch chooses on a GPU against every dense product at hand, cuSPARSELt, and only reading the packed bytes.
 
-All of them take turns in one run; :mod:`sparse_engine.bench.timing` says how they are timed.
+All of them take turns in one run; :mod:`sparse_engine.bench.timing` says how they are timed. Errors are against float64 of the unpacked
+weight, all elements of the product.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Set
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_engine import cuda, formats, plan, registry
+from sparse_engine.bench import conditions
 from sparse_engine.bench.read_floor import BLOCKS_PER_PROCESSOR, read_products
 from sparse_engine.bench.shapes import PATTERNS, random_packed
 from sparse_engine.bench.suite import DTYPES, Suite, key_of
@@ -28,9 +32,11 @@ __all__ = ["TIMING", "chosen", "measure", "why_unavailable"]
 
 TIMING = (
     "CUDA graph of back-to-back products with programmatic overlap, weights rotated over twice the L2 cache, "
-    "medians of 11 replays in turns with the dense products"
+    "medians of up to 11 replays in turns with the dense products"
 )
-_ROUNDS = 11
+_FEWEST_ROUNDS, _ROUNDS = 3, 11
+_MOST_READ_ROWS = 128
+"""Up to so many activation rows reading the weights is the limit; beyond, that or the tensor cores."""
 _CUSPARSELT = "torch_semi_structured"
 
 
@@ -85,14 +91,46 @@ def measure(
     Raises:
         KernelUnavailableError: no kernel but the reference runs a product.
     """
+    pace = Pace(suite.budget, max(len(suite) - len(skip), 1))
     for values in suite.dtypes:
         for model, layer, shape in suite.linears():
-            yield from _measure_shape(suite, device, (model, layer, shape, values), skip, note)
+            yield from _measure_shape(suite, device, (model, layer, shape, values), skip, note, pace)
             torch.cuda.empty_cache()
 
 
+@dataclass
+class Pace:
+    """How many rounds each of the ``left`` rows may have so that the run ends within ``budget`` seconds, if any."""
+
+    budget: float | None
+    left: int
+    _begun: float = field(default_factory=lambda: time.perf_counter())
+    _done: int = 0
+    _in_rounds: float = 0.0
+
+    def rounds(self, seconds: float) -> int:
+        """For a row whose rounds take ``seconds`` each; what a row takes beside its rounds is taken from the rows before it."""
+        if self.budget is None:
+            return _ROUNDS
+        spent = time.perf_counter() - self._begun
+        beside = (spent - self._in_rounds) / self._done if self._done else 0.0
+        share = (self.budget - spent) / max(self.left, 1) - beside
+        return max(_FEWEST_ROUNDS, min(_ROUNDS, int(share / seconds) - 1))
+
+    def done(self, in_rounds: float) -> None:
+        """A row was measured, ``in_rounds`` seconds of it in its rounds."""
+        self.left -= 1
+        self._done += 1
+        self._in_rounds += in_rounds
+
+
 def _measure_shape(
-    suite: Suite, device: torch.device, what: tuple[str, str, tuple[int, int], str], skip: Set[tuple[Any, ...]], note: Callable[[str], None]
+    suite: Suite,
+    device: torch.device,
+    what: tuple[str, str, tuple[int, int], str],
+    skip: Set[tuple[Any, ...]],
+    note: Callable[[str], None],
+    pace: Pace,
 ) -> Iterator[dict[str, Any]]:
     model, layer, (n, k), values = what
     wanted = {
@@ -106,12 +144,13 @@ def _measure_shape(
     dtype, pool = DTYPES[values], torch.cuda.graph_pool_handle()
     policy = Policy.here(device)
     bias = torch.randn(n, device=device, dtype=dtype)
-    inputs = {m: torch.randn(m, k, device=device, dtype=dtype) for m in sorted({m for _, m in wanted})}
+    all_x = torch.randn(max(m for _, m in wanted), k, device=device, dtype=dtype)
+    inputs = {m: all_x[:m] for m in sorted({m for _, m in wanted})}
     copies = copies_of({"w": (torch.randn(n, k, device=device) * 0.02).to(dtype)}, device)
     dense = {m: {name: Replay(calls, pool) for name, calls in dense_products(x, bias, copies).items()} for m, x in inputs.items()}
     for pattern in dict.fromkeys(pattern for pattern, _ in wanted):
         packed = random_packed((n, k), SparsityPattern.parse(PATTERNS[pattern]), dtype, str(device))
-        unpacked = formats.get(packed.format).unpack(packed).double()
+        expected = all_x.double() @ formats.get(packed.format).unpack(packed).double().T + bias.double()
         layouts: dict[str, list[dict[str, Tensor]]] = {}
         floor = _floor(packed, device, pool)
         for m, x in inputs.items():
@@ -133,13 +172,20 @@ def _measure_shape(
                 calls = [partial(one.run, x, held, bias, packed.pattern) for held in layouts[one.name]]
                 replays[f"kernel {one.name}"] = Replay(calls, pool)
             replays |= {f"dense {name}": replay for name, replay in dense[m].items()}
-            warm_up(replays[f"kernel {kernel.name}"], 0.01)
-            times = take_turns(replays | {"floor": floor}, _ROUNDS)
+            own = replays[f"kernel {kernel.name}"]
+            warm_up(own, 0.01)
+            replays["floor"] = floor
+            begun = time.perf_counter()
+            take_turns(replays, 0)
+            rounds = pace.rounds(time.perf_counter() - begun)
+            times = take_turns(replays, rounds)
+            pace.done(time.perf_counter() - begun)
             us = times[f"kernel {kernel.name}"]
+            tensor_us = conditions.tensor_limit_us(device, packed.pattern, dtype, n, k, m) if m > _MOST_READ_ROWS else None
+            limit = max(times["floor"], tensor_us or 0.0)
             best = min((name for name in times if name.startswith("dense ")), key=times.__getitem__)
             searched = times.get(f"kernel {_CUSPARSELT}") if others else None
-            expected = x.double() @ unpacked.T + bias.double()
-            distance = (kernel.run(x, layouts[kernel.name][0], bias, packed.pattern).double() - expected).norm() / expected.norm()
+            distance = (kernel.run(x, layouts[kernel.name][0], bias, packed.pattern) - expected[:m]).norm() / expected[:m].norm()
             yield wanted[pattern, m] | {
                 "kernel": kernel.name,
                 "us": round(us, 3),
@@ -149,10 +195,21 @@ def _measure_shape(
                 "cusparselt_us": None if searched is None else round(searched, 3),
                 "gb_per_s": round((packed.dense_nbytes if kernel.keeps_dense else packed.nbytes) / us / 1e3, 1),
                 "tflops": round(2e-6 * m * n * k / us, 2),
-                "limit_us": round(times["floor"], 3),
-                "limit_share": round(times["floor"] / us, 3),
+                "limit_us": round(limit, 3),
+                "limit_share": round(limit / us, 3),
+                "read_us": round(times["floor"], 3),
+                "tensor_us": None if tensor_us is None else round(tensor_us, 3),
                 "rel_error": float(distance),
                 "layout_nbytes": sum(t.numel() * t.element_size() for t in layouts[kernel.name][0].values()),
                 "packed_nbytes": packed.nbytes,
+                "form": _form(problem, kernel),
+                "rounds": rounds,
+                **conditions.sample(device, own.start, us * own.count),
             }
-        del layouts, unpacked, floor
+        del layouts, expected, floor
+
+
+def _form(problem: Problem, kernel: Kernel) -> str | None:
+    """Which of a kernel's forms its measured configuration names: mostly a source file."""
+    found = problem.measured().get(kernel.name)
+    return found.config[0] if found is not None and found.config and isinstance(found.config[0], str) else None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["by_class", "by_model", "by_shape", "by_width", "geometric_mean", "linear_tables", "plot", "table", "unique"]
+from sparse_engine.bench.suite import REGIMES
+
+__all__ = ["by_class", "by_model", "by_rows", "by_shape", "by_width", "geometric_mean", "linear_tables", "plot", "table", "unique"]
 
 Row = dict[str, Any]
 
@@ -46,8 +49,10 @@ def unique(rows: list[Row], key: str) -> list[Any]:
 def linear_tables(content: dict[str, Any]) -> str:
     """The tables that fit the results: by size class and by model where there are many shapes, else by shape."""
     rows = content["rows"]
+    if content["environment"].get("gpu") and min(row["m"] for row in rows) >= min(REGIMES["prefill"]):
+        return by_rows(rows) + "\n" + by_model(rows, (256, 1024, 4096))
     if len({(row["n"], row["k"]) for row in rows}) > 12:
-        return by_class(rows) + "\n" + by_model(rows)
+        return by_class(rows) + "\n" + by_model(rows, (1, 16, 64))
     if len({row["m"] for row in rows}) > 1:
         return by_width(rows) + "\n" + by_shape(rows)
     return by_shape(rows)
@@ -66,9 +71,9 @@ def by_class(rows: list[Row]) -> str:
     return table(heading, body)
 
 
-def by_model(rows: list[Row]) -> str:
-    """Geometric means over a model's layers, at few, several and many rows."""
-    columns = [(pattern, m) for pattern in unique(rows, "pattern") for m in (1, 16, 64)]
+def by_model(rows: list[Row], counts: tuple[int, ...]) -> str:
+    """Geometric means over a model's layers, at these numbers of activation rows."""
+    columns = [(pattern, m) for pattern in unique(rows, "pattern") for m in counts]
     body = []
     for model in unique(rows, "model"):
         cells = [[row for row in rows if (row["model"], row["pattern"], row["m"]) == (model, *column)] for column in columns]
@@ -76,16 +81,40 @@ def by_model(rows: list[Row]) -> str:
     return table(["linears of", *(f"{pattern}, M = {m}" for pattern, m in columns)], body)
 
 
+WIDTHS: dict[str, Callable[[Row], bool]] = {
+    "2048 wide and more": lambda row: min(row["n"], row["k"]) >= 2048,
+    "narrower": lambda row: min(row["n"], row["k"]) < 2048,
+}
+
+
+def by_rows(rows: list[Row]) -> str:
+    """Geometric means on a GPU for each number of rows: speed-up over torch's dense linear, over the best dense product in brackets, and
+    the limit's share of the time; then the medians of the clock and the power beside them."""
+    columns = [(pattern, values) for values in unique(rows, "values") for pattern in unique(rows, "pattern")]
+    body = []
+    for m in sorted(unique(rows, "m")):
+        for name, belongs in WIDTHS.items():
+            of_class = [row for row in rows if belongs(row) and row["m"] == m]
+            if not of_class:
+                continue
+            cells = [[row for row in of_class if (row["pattern"], row["values"]) == column] for column in columns]
+            conditions = [_median(of_class, "sm_mhz", "MHz"), _median(of_class, "power_w", "W")]
+            body.append([f"M = {m}, {name}", *(_speed(cell) + _share(cell) for cell in cells), _versus_cusparselt(of_class), *conditions])
+    heading = ["geometric means", *(f"{pattern} {values}" for pattern, values in columns), "2:4 over searched cuSPARSELt", "clock", "power"]
+    return table(heading, body)
+
+
+def _median(rows: list[Row], name: str, unit: str) -> str:
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return f"{statistics.median(values):.0f} {unit}" if values else "–"
+
+
 def by_width(rows: list[Row]) -> str:
     """Geometric means over the shapes of 2048-wide models and wider, and of narrower ones, for each number of rows."""
     columns = [(pattern, values) for values in unique(rows, "values") for pattern in unique(rows, "pattern")]
-    widths: dict[str, Callable[[Row], bool]] = {
-        "2048 wide and more": lambda row: min(row["n"], row["k"]) >= 2048,
-        "narrower": lambda row: min(row["n"], row["k"]) < 2048,
-    }
     body = []
     for m in sorted(unique(rows, "m")):
-        for name, belongs in widths.items():
+        for name, belongs in WIDTHS.items():
             cells = [
                 [row for row in rows if belongs(row) and (row["m"], row["pattern"], row["values"]) == (m, *column)] for column in columns
             ]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sparse_engine import native
-from sparse_engine.bench import linear_cpu, linear_gpu
+from sparse_engine.bench import conditions, linear_cpu, linear_gpu
 from sparse_engine.bench.environment import environment, write_json
 from sparse_engine.bench.suite import DTYPES, Suite, key_of, wrong_field
 from sparse_engine.errors import InputError, KernelUnavailableError
@@ -21,14 +21,14 @@ from sparse_engine.progress import Track, silent
 
 __all__ = ["name_of", "read_results", "run"]
 
-_PREFILL_ROWS = 128
+_PREFILL_ROWS = {"cpu": 128, "cuda": 256}
 _WRITE_EVERY_S = 5.0
 _MUST_MATCH = ("commit", "cpu", "gpu", "torch", "threads")
 
 
 def name_of(suite: Suite, device: torch.device) -> str:
-    """What the results of ``suite`` are called: on a processor many activation rows, bound by multiply-adds, have a file of their own."""
-    return "linear-prefill" if device.type != "cuda" and min(suite.rows) >= _PREFILL_ROWS else "linear-decode"
+    """What the results of ``suite`` are called: many activation rows, bound by multiply-adds, have a file of their own."""
+    return "linear-prefill" if min(suite.rows) >= _PREFILL_ROWS[device.type] else "linear-decode"
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def _checked(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def _environment(device: torch.device) -> dict[str, Any]:
     described = environment()
     if device.type == "cuda":
-        return described | {"timing": linear_gpu.TIMING}
+        return described | {"timing": linear_gpu.TIMING} | conditions.describe(device)
     busy = described["load_average_1min"] > 0.5
     return described | {
         "gpu": None,
@@ -125,7 +125,7 @@ def _environment(device: torch.device) -> dict[str, Any]:
 
 
 def _write(out: Path, content: dict[str, Any]) -> None:
-    content["environment"]["load_average_1min_after"] = round(os.getloadavg()[0], 2)
+    content["environment"] |= {"load_average_1min_after": round(os.getloadavg()[0], 2), **conditions.summary(content["rows"])}
     try:
         write_json(out, content)
     except OSError as error:

@@ -13,12 +13,15 @@ from sparse_engine.errors import InputError
 from sparse_engine.pattern import SparsityPattern
 from sparse_engine.value_types import PLAIN
 
-__all__ = ["DTYPES", "FIELDS", "VALUES", "Suite", "key_of", "wrong_field"]
+__all__ = ["DTYPES", "FIELDS", "REGIMES", "VALUES", "Suite", "key_of", "wrong_field"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VALUES = {name: (dtype, PLAIN) for name, dtype in DTYPES.items()} | {name: (torch.bfloat16, name) for name in ("int8", "int4")}
 """What the results call a weight's values: its type, which is that of the activations and of the dense weight it is compared with, and how
 its kept values are stored."""
+
+REGIMES = {"decode": (1, 2, 4, 8, 16, 32, 64, 128), "prefill": (256, 512, 1024, 2048, 4096, 8192)}
+"""Activation rows of a decode step, where reading the weights binds, and of prompts and training, where multiply-adds do."""
 
 _NUMBER = (int, float)
 FIELDS: dict[str, tuple[type, ...]] = {
@@ -39,8 +42,8 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "limit_share": (*_NUMBER, type(None)),
     "rel_error": _NUMBER,
 }
-"""What every row holds: n output and k input features, m activation rows, times in µs, and the share of the time that only reading the
-packed bytes takes. A device may add fields of its own."""
+"""What every row holds: n output and k input features, m activation rows, times in µs, and the limit's share of the time: what only reading
+the packed bytes takes or, where that is more, the tensor cores at their highest clock. A device may add fields of its own."""
 
 
 def wrong_field(row: Mapping[str, Any]) -> str | None:
@@ -58,7 +61,7 @@ class Suite:
     """All combinations of linear layers, activation rows, patterns and types.
 
     ``shapes`` are (out_features, in_features) of their own, in the place of the models' layers. ``seconds`` is the time for the rounds
-    of one row of the table on a CPU.
+    of one row of the table on a CPU; ``budget`` the seconds that a whole run on a GPU should take, by fewer rounds where that is short.
 
     Raises:
         InputError: a name is unknown or nothing is left to measure.
@@ -66,12 +69,13 @@ class Suite:
 
     models: Sequence[str] = tuple(HIDDEN)
     layers: Sequence[str] = tuple(LAYERS)
-    rows: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 128)
+    rows: Sequence[int] = REGIMES["decode"]
     patterns: Sequence[str] = tuple(PATTERNS)
     dtypes: Sequence[str] = ("bf16",)
     shapes: Sequence[tuple[int, int]] = field(default=())
     backend: str | None = None
     seconds: float = 0.5
+    budget: float | None = None
 
     def __post_init__(self) -> None:
         known = (("models", HIDDEN), ("layers", LAYERS), ("patterns", PATTERNS), ("dtypes", VALUES))

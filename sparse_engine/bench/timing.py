@@ -6,6 +6,7 @@ model, where every weight is read once per token; kernels that allow it overlap 
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ __all__ = ["Product", "Replay", "copies_of", "take_turns", "warm_up"]
 Product = Callable[[], Any]
 
 _LEAST_PRODUCTS = 12
+_GRAPH_US = 2000.0
+"""Products that take long need fewer in a graph: its launch is a small part of this time, and so is its end."""
 _MOST_COPIES = 256
 _CACHES = 2.0
 """Bytes of all copies together, in L2 caches."""
@@ -35,6 +38,16 @@ def copies_of(layout: Layout, device: torch.device) -> list[dict[str, Tensor]]:
     return [dict(layout), *({name: t.clone() for name, t in layout.items()} for _ in range(count - 1))]
 
 
+def _us_of(work: Callable[[], Any]) -> float:
+    """Microseconds of what ``work`` launches on the current stream, until its end."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) * 1e3
+
+
 @cache
 def _capture_stream(device: int) -> torch.cuda.Stream:
     """One for all graphs: libraries keep a workspace for every stream that they meet."""
@@ -42,7 +55,7 @@ def _capture_stream(device: int) -> torch.cuda.Stream:
 
 
 class Replay:
-    """A captured graph of ``products`` on the current device, repeated until it holds at least a dozen.
+    """A captured graph of ``products`` on the current device, repeated until it holds at least a dozen or 2 ms of them.
 
     ``pool`` (from ``torch.cuda.graph_pool_handle``) lets graphs whose results nobody reads share their memory.
 
@@ -54,13 +67,13 @@ class Replay:
         # The graph has the addresses of what the products read, and keeps none of it alive.
         self._products = tuple(products)
         self._graph = torch.cuda.CUDAGraph()
-        self.count = len(products) * -(-_LEAST_PRODUCTS // len(products))
         torch.cuda.synchronize()
         # Not torch.cuda.graph, which empties the allocator's cache each time: tuning captures thousands of graphs.
         with torch.cuda.stream(_capture_stream(torch.cuda.current_device())):
             # What is set up at a first call cannot be captured.
             products[0]()
-            torch.cuda.synchronize()
+            least = min(_LEAST_PRODUCTS, math.ceil(_GRAPH_US / _us_of(products[-1])))
+            self.count = len(products) * -(-least // len(products))
             self._graph.capture_begin(*(() if pool is None else (pool,)))
             try:
                 for i in range(self.count):
@@ -70,12 +83,11 @@ class Replay:
 
     def us(self) -> float:
         """Microseconds of one product in one replay."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
+        return _us_of(self._graph.replay) / self.count
+
+    def start(self) -> None:
+        """Replay without waiting for the end."""
         self._graph.replay()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) * 1e3 / self.count
 
     def median_us(self, replays: int) -> float:
         return statistics.median(self.us() for _ in range(replays))
@@ -94,4 +106,4 @@ def take_turns(replays: dict[str, Replay], rounds: int) -> dict[str, float]:
     for _ in range(rounds + 1):
         for name, replay in replays.items():
             times[name].append(replay.us())
-    return {name: statistics.median(spent[1:]) for name, spent in times.items()}
+    return {name: statistics.median(spent[1:] or spent) for name, spent in times.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -77,30 +77,31 @@ def buckets(
     return [Bucket(p, dtype, shape, m) for shape, p in fits for dtype in dtypes for m in sorted(set(rows))]
 
 
-def able(problem: Problem) -> list[Kernel]:
-    """The kernels that are measured for ``problem``."""
-    return [k for name, k in sorted(registry.all_kernels().items()) if name not in _NEVER and k.rejects(problem) is None]
+def able(problem: Problem, only: Set[str] = frozenset()) -> list[Kernel]:
+    """The kernels that are measured for ``problem``: those named ``only``, or all if there are none."""
+    kernels = [k for name, k in sorted(registry.all_kernels().items()) if name not in _NEVER and (not only or name in only)]
+    return [k for k in kernels if k.rejects(problem) is None]
 
 
-def pending(wanted: Sequence[Bucket], device: torch.device, path: Path) -> list[Bucket]:
-    """Those of ``wanted`` for which the table at ``path`` lacks a kernel that could run."""
+def pending(wanted: Sequence[Bucket], device: torch.device, path: Path, only: Set[str] = frozenset()) -> list[Bucket]:
+    """Those of ``wanted`` for which the table at ``path`` lacks a kernel that could run, of those named ``only`` if there are any."""
     left = []
     for bucket in wanted:
         problem = bucket.problem(device)
         assert problem.gpu is not None
         pattern = tuning.pattern_key(bucket.pattern)
         held = tuning.recorded(path, problem.gpu, pattern, bucket.dtype, bucket.shape, bucket.rows)
-        if any(kernel.name not in held for kernel in able(problem)):
+        if any(kernel.name not in held for kernel in able(problem, only)):
             left.append(bucket)
     return left
 
 
-def compile_all(wanted: Sequence[Bucket], device: torch.device, *, track: Track = silent) -> list[str]:
+def compile_all(wanted: Sequence[Bucket], device: torch.device, only: Set[str] = frozenset(), *, track: Track = silent) -> list[str]:
     """Compile every kernel that measuring ``wanted`` needs, on all processors, into the disk cache; returns what could not be compiled."""
     needed: dict[tuple[str, str, tuple[tuple[str, int], ...]], None] = {}
     for bucket in wanted:
         problem = bucket.problem(device)
-        for kernel in able(problem):
+        for kernel in able(problem, only):
             for config in kernel.configs(problem):
                 needed.update(dict.fromkeys(kernel.compilations(problem, config)))
     if not needed:
@@ -126,6 +127,7 @@ def tune(
     device: torch.device,
     path: Path,
     *,
+    only: Set[str] = frozenset(),
     seconds: float = 0.5,
     track: Track = silent,
     report: Callable[[Bucket, dict[str, Measured]], None] = lambda bucket, measured: None,
@@ -133,12 +135,13 @@ def tune(
     """Measure ``wanted`` and record it at ``path`` as soon as a weight is done.
 
     Args:
+        only: names of the kernels to measure; all if empty.
         seconds: time per bucket for trying configurations, shared by its kernels; what one leaves over goes to the next.
         report: called with each bucket's result.
     """
     outcome = Outcome()
     with torch.cuda.device(device), torch.inference_mode():
-        for bucket in track(_in_groups(wanted, device, path, seconds, outcome, report), "tuning", len(wanted)):
+        for bucket in track(_in_groups(wanted, device, path, only, seconds, outcome, report), "tuning", len(wanted)):
             outcome.measured += bucket is not None
     return outcome
 
@@ -147,6 +150,7 @@ def _in_groups(
     wanted: Sequence[Bucket],
     device: torch.device,
     path: Path,
+    only: Set[str],
     seconds: float,
     outcome: Outcome,
     report: Callable[[Bucket, dict[str, Measured]], None],
@@ -158,7 +162,7 @@ def _in_groups(
         done: list[Entry] = []
         try:
             for bucket in members:
-                measured, wrong = weight.measure(bucket, seconds)
+                measured, wrong = weight.measure(bucket, seconds, only)
                 outcome.wrong += [f"{bucket}: {text}" for text in wrong]
                 done.append(Entry(tuning.pattern_key(bucket.pattern), bucket.dtype, bucket.shape, bucket.rows, measured))
                 report(bucket, measured)
@@ -199,11 +203,11 @@ class _Weight:
             self.layouts[kernel.name] = copies_of(kernel.prepare(self.packed), self.device)
         return self.layouts[kernel.name]
 
-    def measure(self, bucket: Bucket, seconds: float) -> tuple[dict[str, Measured], list[str]]:
+    def measure(self, bucket: Bucket, seconds: float, only: Set[str] = frozenset()) -> tuple[dict[str, Measured], list[str]]:
         """The fastest configuration of every kernel, and what was wrong."""
         problem = bucket.problem(self.device)
         # Those with few configurations first: what they leave over of their share goes to the others.
-        kernels, pool = sorted(able(problem), key=lambda k: len(k.configs(problem))), torch.cuda.graph_pool_handle()
+        kernels, pool = sorted(able(problem, only), key=lambda k: len(k.configs(problem))), torch.cuda.graph_pool_handle()
         tried: list[Candidate] = []
         wrong: list[str] = []
         left = seconds
@@ -241,7 +245,7 @@ class _Weight:
         torch.full_like(expected, float("nan"), dtype=self.dtype)
         try:
             y = kernel.run_config(x, copies[0], self.bias, self.pattern, config)
-            error = float((y.double() - expected).norm() / expected.norm())
+            error = float((y - expected).norm() / expected.norm())
             if not error < TOLERANCE[self.dtype]:
                 wrong.append(f"{kernel.name} {list(config)} has a relative error of {error:.1e}")
                 return

@@ -10,7 +10,7 @@ import torch
 import typer
 
 from sparse_engine.cli.app import app
-from sparse_engine.cli.common import Backend, parse_device, parse_rows, split_list
+from sparse_engine.cli.common import Backend, Regime, parse_device, parse_rows, regime_rows, split_list
 from sparse_engine.errors import InputError
 from sparse_engine.progress import console_track
 
@@ -33,13 +33,17 @@ def bench(
     models: Annotated[list[str] | None, typer.Option("--models", metavar="MODEL", help="OPT models; default: all.")] = None,
     layers: Annotated[list[str] | None, typer.Option("--layers", metavar="LAYER", help="out, qkv, fc1 or fc2.")] = None,
     shape: Annotated[list[str] | None, typer.Option("--shape", metavar="NxK", help="A layer of this size instead.")] = None,
-    rows: Annotated[list[str] | None, typer.Option("--rows", metavar="M", help="Activation rows; default: 1 to 128.")] = None,
+    regime: Regime = "decode",
+    rows: Annotated[list[str] | None, typer.Option("--rows", metavar="M", help="Activation rows in the place of the regime's.")] = None,
     patterns: Annotated[list[str] | None, typer.Option("--patterns", metavar="PATTERN", help="2:4, 4:8 or unstructured.")] = None,
     dtypes: Annotated[list[str] | None, typer.Option("--dtypes", metavar="TYPE", help="bf16, fp16, fp32, int8 or int4.")] = None,
     backend: Backend = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")] = "cuda" if torch.cuda.is_available() else "cpu",
     threads: Annotated[int | None, typer.Option("--threads", help="Threads on a CPU; default: torch's.")] = None,
     seconds: Annotated[float, typer.Option("--seconds", help="Time per row of the table on a CPU.")] = 0.5,
+    budget: Annotated[
+        float | None, typer.Option("--budget", metavar="SECONDS", help="Time for the whole run on a GPU; default: 11 rounds a row.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Where the files go; default: bench/results/ and the device's name.")
     ] = None,
@@ -47,8 +51,8 @@ def bench(
 ) -> None:
     """Time packed linear layers against every dense product at hand, and against only reading their bytes.
 
-    Writes linear-decode.json, .md and .svg (on a CPU with 128 rows and more: linear-prefill). Weights come from memory in every product;
-    all of a row's products take turns. An option that names several things takes them with commas, or is repeated.
+    Writes linear-decode.json, .md and .svg, or linear-prefill where no product has fewer than 256 rows (on a CPU 128). Weights come from
+    memory in every product; all of a row's products take turns. An option that names several things takes them with commas, or is repeated.
     """
     place = parse_device(device)
 
@@ -60,12 +64,15 @@ def bench(
     if backend is not None:
         registry.get(backend)
     named = {"models": models, "layers": layers, "patterns": patterns, "dtypes": dtypes}
-    chosen: dict[str, Any] = {name: split_list(given) for name, given in named.items()} | {"rows": parse_rows(rows)}
+    chosen: dict[str, Any] = {name: split_list(given) for name, given in named.items()} | {"rows": parse_rows(rows) or regime_rows(regime)}
+    if budget is not None and budget <= 0:
+        raise InputError(f"--budget must be more than 0, not {budget}")
     suite = Suite(
         **{name: tuple(given) for name, given in chosen.items() if given},
         shapes=tuple(_shape(text) for text in split_list(shape)),
         backend=backend,
         seconds=seconds,
+        budget=budget,
     )
     if threads is not None:
         if threads < 1:

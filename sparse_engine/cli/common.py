@@ -14,12 +14,14 @@ __all__ = [
     "Backend",
     "Device",
     "Dtype",
+    "Regime",
     "load_model",
     "load_tokenizer",
     "parse_device",
     "parse_dtype",
     "parse_rows",
     "quiet_transformers",
+    "regime_rows",
     "size_text",
     "split_list",
 ]
@@ -33,6 +35,17 @@ Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
 Backend = Annotated[
     str | None, typer.Option("--backend", help="Force one kernel by name; default: the fastest that fits (see `inspect --why`).")
 ]
+
+Regime = Annotated[str, typer.Option("--regime", help="decode: 1 to 128 activation rows, or prefill: 256 to 8192.")]
+
+
+def regime_rows(name: str) -> list[int]:
+    """The activation rows of a regime of the latency suite."""
+    from sparse_engine.bench.suite import REGIMES
+
+    if name not in REGIMES:
+        raise InputError(f"unknown --regime {name!r}: use {' or '.join(REGIMES)}")
+    return list(REGIMES[name])
 
 
 def parse_dtype(text: str | None) -> torch.dtype | None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sparse_engine.plan import Step
     from sparse_engine.registry import Problem, Verdict
 
-_ROWS = (1, 16, 128, 512)
+_ROWS = (1, 16, 128, 512, 4096)
 """Activation rows at which `--why` explains the choice."""
 
 
@@ -85,18 +85,20 @@ def _plan(checkpoint: Checkpoint, linear: str, device: torch.device) -> tuple[Pr
 def _choice(step: Step) -> dict[str, Any]:
     from sparse_engine.registry import ESTIMATE
 
-    source = step.verdict.source
-    return {"kernel": step.kernel.name, "us": step.verdict.cost if source != ESTIMATE else None, "source": source}
+    source, config = step.verdict.source, step.verdict.config
+    form = config[0] if config and isinstance(config[0], str) else None
+    return {"kernel": step.kernel.name, "form": form, "us": step.verdict.cost if source != ESTIMATE else None, "source": source}
 
 
 def _compact(buckets: dict[str, dict[str, Any]]) -> str:
-    """Which kernel runs how many rows, and its measured times: "cuda_nm to M = 128 (1.39 … 7.36 µs, shipped table)"."""
+    """Which kernel, in which form, runs how many rows, and its measured times: "cuda_nm decode_nm.cu to M = 16 (1.39 … 7.36 µs, …)"."""
     parts = []
-    runs = [list(group) for _, group in groupby(buckets.items(), key=lambda item: (item[1]["kernel"], item[1]["source"]))]
+    runs = [list(group) for _, group in groupby(buckets.items(), key=lambda item: [item[1][key] for key in ("kernel", "form", "source")])]
     for run in runs:
         times = [choice["us"] for _, choice in run if choice["us"] is not None]
         span = dict.fromkeys(f"{us:.2f}" for us in ((times[0], times[-1]) if times else ()))
-        kernel, source = run[0][1]["kernel"], run[0][1]["source"]
+        first = run[0][1]
+        kernel, source = first["kernel"] if first["form"] is None else f"{first['kernel']} {first['form']}", first["source"]
         where = "" if len(runs) == 1 else f" to M = {run[-1][0]}" if run is not runs[-1] else " beyond"
         parts.append(f"{kernel}{where} ({' … '.join(span)} µs, {source})" if times else f"{kernel}{where} ({source})")
     return ", ".join(parts)

@@ -9,7 +9,7 @@ import torch
 import typer
 
 from sparse_engine.cli.app import app
-from sparse_engine.cli.common import parse_device, parse_dtype, parse_rows, split_list
+from sparse_engine.cli.common import Regime, parse_device, parse_dtype, parse_rows, regime_rows, split_list
 from sparse_engine.errors import InputError, KernelUnavailableError
 from sparse_engine.progress import console_track
 
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from sparse_engine.bench.tune import Bucket
     from sparse_engine.pattern import SparsityPattern
     from sparse_engine.tuning import Measured
-
-
-_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 def _wanted(ckpt: str | None, models: list[str], patterns: list[str], dtype: str | None, rows: list[int]) -> list[Bucket]:
@@ -71,7 +68,9 @@ def tune(
         list[str] | None,
         typer.Option("--patterns", metavar="PATTERN", help="2:4, 4:8, unstructured or another."),
     ] = None,
-    rows: Annotated[list[str] | None, typer.Option("--rows", metavar="M", help="Activation rows; default: 1 to 128.")] = None,
+    regime: Regime = "decode",
+    rows: Annotated[list[str] | None, typer.Option("--rows", metavar="M", help="Activation rows in the place of the regime's.")] = None,
+    kernels: Annotated[list[str] | None, typer.Option("--kernels", metavar="KERNEL", help="Measure these alone; default: all.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", metavar="TYPE", help="bf16, fp16 or fp32.")] = None,
     device: Annotated[str, typer.Option("--device", help="cuda or cuda:N.")] = "cuda:0",
     seconds: Annotated[float, typer.Option("--seconds", help="Time per product and number of rows for trying configurations.")] = 0.5,
@@ -84,7 +83,7 @@ def tune(
     Each product is checked before it is timed. A run that was interrupted goes on where it stopped. An option that names several
     things takes them with commas, or is repeated.
     """
-    from sparse_engine import tuning
+    from sparse_engine import registry, tuning
     from sparse_engine.bench import tune as work
 
     if not torch.cuda.is_available():
@@ -94,19 +93,28 @@ def tune(
         raise KernelUnavailableError("tuning measures GPU kernels: give --device cuda:0, not cpu")
     if seconds <= 0:
         raise InputError(f"--seconds must be more than 0, not {seconds}")
-    wanted = _wanted(ckpt, split_list(models), split_list(patterns), dtype, parse_rows(rows) or list(_ROWS))
+    wanted = _wanted(ckpt, split_list(models), split_list(patterns), dtype, parse_rows(rows) or regime_rows(regime))
+    only = frozenset(split_list(kernels))
+    for name in only:
+        registry.get(name)
     gpu = torch.cuda.get_device_name(place)
     path = out or tuning.user_path(gpu)
-    left = wanted if force else work.pending(wanted, place, path)
+    left = wanted if force else work.pending(wanted, place, path, only)
     if len(left) < len(wanted):
         typer.echo(f"{len(wanted) - len(left)} of {len(wanted)} entries are in {path} already (--force measures them again)", err=True)
-    if failures := work.compile_all(left, place, track=console_track):
+    if failures := work.compile_all(left, place, only, track=console_track):
         typer.echo(f"{len(failures)} kernels did not compile and are left out; the first: {failures[0]}", err=True)
     if compile_only:
         return
     torch.manual_seed(0)
     outcome = work.tune(
-        left, place, path, seconds=seconds, track=console_track, report=lambda bucket, measured: typer.echo(_line(bucket, measured))
+        left,
+        place,
+        path,
+        only=only,
+        seconds=seconds,
+        track=console_track,
+        report=lambda bucket, measured: typer.echo(_line(bucket, measured)),
     )
     typer.echo(f"{outcome.measured} entries measured on {gpu}, kept in {path}")
     if outcome.wrong:
