@@ -187,8 +187,6 @@ def test_kernels_on_mma_compile_for_ampere(pattern: str, tmp_path: Path) -> None
     source, tile = cuda_tiles.choose(KERNEL_NAMES[pattern], pattern, torch.float16, 4096, 4096, 8, A100)
     assert not isinstance(source, cuda_decode.WarpgroupSource)
     nvcc("80", source.file, dict(cuda_decode.macros_of(source, tile, torch.float16)), tmp_path)
-    if pattern != "unstructured":
-        nvcc("80", "expand_nm.cu", {"GROUP": int(pattern[-1])}, tmp_path)
 
 
 @pytest.mark.parametrize("m", [1, 2, 7, 8, 9, 16, 17, 64, 128])

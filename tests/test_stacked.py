@@ -9,7 +9,8 @@ import torch
 from products import expected_product, random_keep, relative_error
 
 from sparse_engine import SparseLinear, formats, registry
-from sparse_engine.backends.cuda_expand import EXPAND_ROWS, expand_nm
+from sparse_engine.backends import cuda_prefill
+from sparse_engine.backends.cuda_prefill_expand import expanded
 from sparse_engine.formats.base import PackedWeight, stack
 from sparse_engine.mask import Mask
 from sparse_engine.pattern import SparsityPattern
@@ -86,7 +87,7 @@ def test_expanded_weight_is_the_masked_dense_one(pattern: str, shape: tuple[int,
     packed = replace(packed, dtype=dtype, tensors=packed.tensors | {"values": packed.tensors["values"].to(dtype)})
     layout = registry.get("cuda_nm").prepare(packed)
     torch.full((4 * shape[0] * shape[1],), float("nan"), device="cuda", dtype=dtype)
-    got = expand_nm(layout["weight"], *shape, packed.pattern.group[1])
+    got = expanded(pattern, layout["weight"], *shape, None)
     assert torch.equal(got, formats.get(packed.format).unpack(packed))
 
 
@@ -97,7 +98,7 @@ def test_products_of_many_rows(pattern: str, name: str, relu: bool) -> None:
     packed = packed_weight(pattern, (80, 512), 1, "cuda")
     kernel = registry.get(name)
     layout = kernel.prepare(packed)
-    for rows in (EXPAND_ROWS, EXPAND_ROWS + 1):
+    for rows in (cuda_prefill.FEWEST_ROWS - 1, cuda_prefill.FEWEST_ROWS, 513):
         x = torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16)
         bias, residual = (torch.randn(n, device="cuda", dtype=torch.bfloat16) for n in ((80,), (rows, 80)))
         want = expected_product(x, packed, bias)

@@ -12,8 +12,10 @@ typedef unsigned long long u64;
 
 struct Params {
   const uint4* weight; // [T][U][9][32]
+  const u32* offsets;  // of expand_unstructured.cu alone, as is depth
   u16* dense;
   int rows, cols, units, tiles;
+  int depth;
 };
 
 #define THREADS 256

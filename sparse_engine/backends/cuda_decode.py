@@ -23,6 +23,7 @@ __all__ = [
     "Tile",
     "WarpgroupSource",
     "arrange_macros",
+    "check_arguments",
     "fit",
     "fragment_linear_fake",
     "gpu",
@@ -234,7 +235,8 @@ def _function(source: Source, arch: str, element: torch.dtype, tile: Tile) -> cu
     return cuda.load(source.file, source.function, arch, macros_of(source, tile, element))
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, rows: int, columns: int) -> None:
+def check_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, rows: int, columns: int) -> None:
+    """Raise InputError where the operands of x (..., columns) by a weight (rows, columns) and its epilogue do not fit each other."""
     if x.dtype is not weight.dtype:
         raise InputError(f"x is {x.dtype} but the weight's values are {weight.dtype}; cast x to the weight's type")
     if x.shape[-1] != columns:
@@ -290,7 +292,7 @@ def run_decode(
         InputError: shapes, types or devices do not fit.
         KernelUnavailableError: the kernel cannot be compiled or launched.
     """
-    _check(x, weight, bias, residual, rows, columns)
+    check_arguments(x, weight, bias, residual, rows, columns)
     y = x.new_empty((*x.shape[:-1], rows))
     m = x.numel() // columns
     if y.numel() == 0:

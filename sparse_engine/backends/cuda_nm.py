@@ -2,8 +2,7 @@
 
 The kernels are csrc/cuda/decode_nm.cu and, for more rows on Hopper, decode_wgmma.cu. 2:4 uses sparse tensor-core
 instructions (Mishra et al. 2021, "Accelerating Sparse Deep Neural Networks", section 4), 4:8 expands
-in registers from its mask into dense ones. More rows than a kernel takes run as slabs, many over a dense copy that lives for the
-product (cuda_expand.py).
+in registers from its mask into dense ones. What runs more rows than a kernel takes is chosen by cuda_prefill.py.
 """
 
 from __future__ import annotations
@@ -17,9 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_engine import cuda
+from sparse_engine.backends import cuda_prefill
 from sparse_engine.backends.cuda_decode import UNIT, fragment_linear_fake, run_decode
-from sparse_engine.backends.cuda_expand import EXPAND_ROWS, dense_product, expand_nm
-from sparse_engine.backends.cuda_expand import estimate_us as expanded_us
 from sparse_engine.backends.cuda_tiles import choose, compilations, configs, current_gpu, estimate_us, parse
 from sparse_engine.formats.base import PackedWeight
 from sparse_engine.ops import define_linear
@@ -100,14 +98,15 @@ def from_fragments(layout: Tensor, shape: tuple[int, int], group: int, dtype: to
 
 
 _NAME = "cuda_nm"
-_CHOOSERS = {4: partial(choose, _NAME, "2:4"), 8: partial(choose, _NAME, "4:8")}
+_PATTERNS = {4: "2:4", 8: "4:8"}
+_CHOOSERS = {group: partial(choose, _NAME, pattern) for group, pattern in _PATTERNS.items()}
 
 
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, rows: int, columns: int, group: int, relu: bool
 ) -> Tensor:
-    if x.numel() > EXPAND_ROWS * columns and x.shape[-1] == columns and x.dtype is weight.dtype:
-        return dense_product(x, lambda: expand_nm(weight, rows, columns, group), bias, residual, relu)
+    if x.numel() >= cuda_prefill.FEWEST_ROWS * columns:
+        return cuda_prefill.product(_NAME, cuda_prefill.Call(_PATTERNS[group], x, weight, bias, residual, rows, columns, relu))
     return run_decode(_CHOOSERS[group], x, weight, bias, residual, rows, columns, relu)
 
 
@@ -135,8 +134,8 @@ class CudaNMKernel(Kernel):
         return cuda.why_unavailable()
 
     def cost(self, problem: Problem) -> float:
-        if problem.rows > EXPAND_ROWS:
-            return expanded_us(problem)
+        if problem.rows >= cuda_prefill.FEWEST_ROWS:
+            return cuda_prefill.estimate_of(problem)
         return estimate_us(problem, self._nbytes(problem))
 
     @staticmethod
@@ -148,9 +147,13 @@ class CudaNMKernel(Kernel):
         return self._nbytes(problem)
 
     def configs(self, problem: Problem) -> Sequence[Config]:
+        if problem.rows >= cuda_prefill.FEWEST_ROWS:
+            return cuda_prefill.configs_of(problem)
         return configs(str(problem.pattern), problem, current_gpu())
 
     def compilations(self, problem: Problem, config: Config) -> Sequence[tuple[str, str, tuple[tuple[str, int], ...]]]:
+        if problem.rows >= cuda_prefill.FEWEST_ROWS:
+            return cuda_prefill.compilations_of(problem, config)
         return compilations(str(problem.pattern), problem, config, current_gpu())
 
     def prepare(self, packed: PackedWeight) -> Layout:
@@ -188,9 +191,12 @@ class CudaNMKernel(Kernel):
         return {"weight": layout["weight"][begin // 16 : -(-end // 16)], "extent": extent}
 
     def run_config(self, x: Tensor, layout: Layout, bias: Tensor | None, pattern: SparsityPattern, config: Config) -> Tensor:
+        rows, columns, _ = layout["extent"].shape
+        call = cuda_prefill.Call(str(pattern), x, layout["weight"], bias, None, rows, columns, False)
+        if (y := cuda_prefill.run_config(call, config)) is not None:
+            return y
         if (chosen := parse(str(pattern), config)) is None:
             return self.run(x, layout, bias, pattern)
-        rows, columns, _ = layout["extent"].shape
         return run_decode(lambda *_: chosen, x, layout["weight"], bias, None, rows, columns, False)
 
 

@@ -1,7 +1,7 @@
 """Unstructured weights on NVIDIA GPUs, few activation rows: every lane of a warp expands its own stream of values from its mask.
 
 The kernels are csrc/cuda/decode_unstructured.cu and, for more rows on Hopper, decode_wgmma.cu; paired.cuh describes the layout.
-More rows than a kernel takes run as slabs.
+What runs more rows than a kernel takes is chosen by cuda_prefill.py.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_engine import cuda
+from sparse_engine.backends import cuda_prefill
 from sparse_engine.backends.cuda_decode import UNIT, Streams, run_decode
 from sparse_engine.backends.cuda_tiles import choose, compilations, configs, current_gpu, estimate_us, parse, unstructured_parts
 from sparse_engine.formats.base import PackedWeight, unpack_bits
@@ -199,7 +200,10 @@ def _linear(
     parts: int,
     relu: bool,
 ) -> Tensor:
-    return run_decode(_choose, x, weight, bias, residual, rows, columns, relu, Streams(offsets, depth, parts))
+    streams = Streams(offsets, depth, parts)
+    if x.numel() >= cuda_prefill.FEWEST_ROWS * columns:
+        return cuda_prefill.product(_NAME, cuda_prefill.Call("unstructured", x, weight, bias, residual, rows, columns, relu, streams))
+    return run_decode(_choose, x, weight, bias, residual, rows, columns, relu, streams)
 
 
 def _fake(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, residual: Tensor | None, rows: int, *_: object) -> Tensor:
@@ -229,12 +233,18 @@ class CudaUnstructuredKernel(Kernel):
         return cuda.why_unavailable()
 
     def cost(self, problem: Problem) -> float:
+        if problem.rows >= cuda_prefill.FEWEST_ROWS:
+            return cuda_prefill.estimate_of(problem)
         return estimate_us(problem, problem.packed_nbytes)
 
     def configs(self, problem: Problem) -> Sequence[Config]:
+        if problem.rows >= cuda_prefill.FEWEST_ROWS:
+            return cuda_prefill.configs_of(problem)
         return configs("unstructured", problem, current_gpu())
 
     def compilations(self, problem: Problem, config: Config) -> Sequence[tuple[str, str, tuple[tuple[str, int], ...]]]:
+        if problem.rows >= cuda_prefill.FEWEST_ROWS:
+            return cuda_prefill.compilations_of(problem, config)
         return compilations("unstructured", problem, config, current_gpu())
 
     def layout_nbytes(self, problem: Problem, packed: PackedWeight) -> int | None:
@@ -292,9 +302,12 @@ class CudaUnstructuredKernel(Kernel):
         }
 
     def run_config(self, x: Tensor, layout: Layout, bias: Tensor | None, pattern: SparsityPattern, config: Config) -> Tensor:
+        rows, columns = layout["extent"].shape[:2]
+        call = cuda_prefill.Call("unstructured", x, layout["weight"], bias, None, rows, columns, False, _streams_of(layout))
+        if (y := cuda_prefill.run_config(call, config)) is not None:
+            return y
         if (chosen := parse("unstructured", config)) is None:
             return self.run(x, layout, bias, pattern)
-        rows, columns = layout["extent"].shape[:2]
         return run_decode(lambda *_: chosen, x, layout["weight"], bias, None, rows, columns, False, _streams_of(layout))
 
 
