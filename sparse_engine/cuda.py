@@ -19,11 +19,23 @@ import torch
 
 from sparse_engine.errors import KernelUnavailableError
 
-__all__ = ["CudaFunction", "cache_folder", "compile_cubin", "launch", "load", "source_folder", "why_unavailable"]
+__all__ = [
+    "CudaFunction",
+    "TensorMap",
+    "cache_folder",
+    "compile_cubin",
+    "launch",
+    "load",
+    "source_folder",
+    "tensor_map",
+    "why_unavailable",
+]
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _ATTRIBUTE_CLUSTER = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _ATTRIBUTE_PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_TENSOR_MAP_KINDS = {torch.uint8: 0, torch.int8: 0, torch.float8_e4m3fn: 0, torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
+_INTERLEAVE_NONE, _SWIZZLE_128B, _PROMOTE_L2_256B, _FILL_ZEROS = 0, 3, 3, 0  # CUtensorMapInterleave, -Swizzle, -L2promotion, -FloatOOBfill
 
 
 def source_folder() -> Path:
@@ -150,6 +162,32 @@ def load(source: str, function: str, arch: str, macros: tuple[tuple[str, int], .
     _check(driver.cuLibraryLoadData(ctypes.byref(library), cubin, None, None, 0, None, None, 0), f"loading {source}")
     _check(driver.cuLibraryGetKernel(ctypes.byref(handle), library, function.encode()), f"finding {function} in {source}")
     return CudaFunction(handle, function)
+
+
+TensorMap = ctypes.c_uint64 * 16
+"""What a kernel takes as its first member, 64-byte aligned, to copy boxes of a tensor (CUtensorMap)."""
+
+
+def tensor_map(x: torch.Tensor, box: tuple[int, int]) -> ctypes.Array[ctypes.c_uint64]:
+    """Describes x (rows, columns) to a kernel that copies boxes of (rows, columns) = ``box``, outside of x zeros.
+
+    A row of a box is 128 bytes, whose 16-byte chunks are exchanged by the row modulo 8. x has contiguous columns, and 16-byte aligned
+    rows. Needs capability 9.0.
+
+    Raises:
+        KernelUnavailableError: the driver refuses it.
+    """
+    # The driver wants the map itself aligned to 64 bytes.
+    room = ctypes.create_string_buffer(ctypes.sizeof(TensorMap) + 64)
+    found = TensorMap.from_buffer(room, -ctypes.addressof(room) % 64)
+    sizes = (ctypes.c_uint64 * 2)(x.shape[1], x.shape[0])
+    stride = (ctypes.c_uint64 * 1)(x.stride(0) * x.element_size())
+    extent, steps = (ctypes.c_uint32 * 2)(box[1], box[0]), (ctypes.c_uint32 * 2)(1, 1)
+    kind, pointer = _TENSOR_MAP_KINDS[x.dtype], ctypes.c_void_p(x.data_ptr())
+    options = (_INTERLEAVE_NONE, _SWIZZLE_128B, _PROMOTE_L2_256B, _FILL_ZEROS)
+    status = _driver().cuTensorMapEncodeTiled(ctypes.byref(found), kind, 2, pointer, sizes, stride, extent, steps, *options)
+    _check(status, f"describing a {tuple(x.shape)} tensor")
+    return found
 
 
 def launch(

@@ -1,4 +1,4 @@
-// Warpgroup products (sm_90a). Needs N_TILES and ELEM_BF16, and decode_common.cuh before it.
+// Warpgroup products (sm_90a). Needs N_TILES and ELEM_BF16, and the types u32 and u64 before it.
 //
 // d is a warpgroup's m64 x n(8 * N_TILES) accumulator: warp w of the four holds rows 16w .. 16w + 15, each n-tile as one m16n8 fragment.
 // A comes from registers, in the fragment order of mma.m16n8k16 (dense) and mma.sp.m16n8k32 (sparse); B from shared memory, one row of
@@ -21,6 +21,14 @@
 #define LIST64                                                                                                                             \
   LIST32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, " \
          "%57, %58, %59, %60, %61, %62, %63"
+#define LIST96                                                                                                                             \
+  LIST64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, " \
+         "%89, %90, %91, %92, %93, %94, %95"
+#define LIST128                                                                                                                            \
+  LIST96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, "    \
+         "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define LIST48 LIST32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define LIST80 LIST64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
 
 #if N_TILES == 1
 #define WGMMA_N "n8"
@@ -46,14 +54,38 @@
 #define WGMMA_OPERANDS D16(0), D16(4)
 #define WGMMA_AB "{%32, %33, %34, %35}, %36"
 #define WGMMA_META "%37, %38"
+#elif N_TILES == 12
+#define WGMMA_N "n96"
+#define WGMMA_D LIST48
+#define WGMMA_OPERANDS D16(0), D16(4), D16(8)
+#define WGMMA_AB "{%48, %49, %50, %51}, %52"
+#define WGMMA_META "%53, %54"
 #elif N_TILES == 16
 #define WGMMA_N "n128"
 #define WGMMA_D LIST64
 #define WGMMA_OPERANDS D16(0), D16(4), D16(8), D16(12)
 #define WGMMA_AB "{%64, %65, %66, %67}, %68"
 #define WGMMA_META "%69, %70"
+#elif N_TILES == 20
+#define WGMMA_N "n160"
+#define WGMMA_D LIST80
+#define WGMMA_OPERANDS D16(0), D16(4), D16(8), D16(12), D16(16)
+#define WGMMA_AB "{%80, %81, %82, %83}, %84"
+#define WGMMA_META "%85, %86"
+#elif N_TILES == 24
+#define WGMMA_N "n192"
+#define WGMMA_D LIST96
+#define WGMMA_OPERANDS D16(0), D16(4), D16(8), D16(12), D16(16), D16(20)
+#define WGMMA_AB "{%96, %97, %98, %99}, %100"
+#define WGMMA_META "%101, %102"
+#elif N_TILES == 32
+#define WGMMA_N "n256"
+#define WGMMA_D LIST128
+#define WGMMA_OPERANDS D16(0), D16(4), D16(8), D16(12), D16(16), D16(20), D16(24), D16(28)
+#define WGMMA_AB "{%128, %129, %130, %131}, %132"
+#define WGMMA_META "%133, %134"
 #else
-#error "wgmma.cuh has forms for 8, 16, 32, 64 and 128 activation rows"
+#error "wgmma.cuh has forms for 8, 16, 32, 64, 96, 128, 160, 192 and 256 activation rows"
 #endif
 
 // d += A (64 x 16) · B (16 columns of x).

@@ -1,0 +1,476 @@
+// The frame of the prefill kernels (sm_90a): y (m, rows) = x (m, cols) · Wᵀ for many activation rows m, W packed (rows, cols).
+//
+// W is operand A of wgmma and comes from registers, x is operand B, so a block computes yᵀ: a tile of TILE_ROWS weight rows by
+// TILE_TOKENS activation rows. Compile-time macros, set by the host:
+//   ELEM_BF16    1 for bfloat16, 0 for float16 (weights, x, bias, residual and y alike; sums are float32)
+//   N_TILES      n-tiles of 8 activation rows of a block's tile
+//   M_BLOCKS     m64 blocks of weight rows held by a consumer warpgroup
+//   CONSUMERS    consumer warpgroups
+//   STAGES       buffers of 64 columns
+//   CLUSTER      blocks side by side along the rows that share their activations: each fetches a part of a buffer for all
+//   SPLITS       blocks of a cluster that share the columns of one tile; their sums meet in distributed shared memory
+//   MIN_BLOCKS   blocks that must fit one multiprocessor (bounds the registers)
+//
+//              TILE_TOKENS                      x --tensor copies, multicast--> STAGES buffers [TILE_TOKENS][64 columns], 16-byte chunks
+//        +-----------+-----------+                       exchanged by the row modulo 8, as wgmma reads them
+//        | block     | block     |              W --the kernel's own way--> registers of the consumers
+//   rows | of tile 0 | of tile 2 |              sums --transposed through shared memory, bias, ReLU, residual--> y, row-major
+//        +-----------+-----------+
+//        | tile 1    | tile 3    |              blocks stay, and take tiles cluster by cluster: along the rows of a band of BAND_TOKENS
+//        +-----------+-----------+              activation rows, so that those and some of W stay in L2
+//
+// A kernel is a struct of what its consumers do with W:
+//   static void produce(p, stage, full, tile, step)   by the producer warp: copies of its own into the buffer behind x (WEIGHT_STAGE_BYTES)
+//   void start(p, tile, unit)                          by a consumer warp: row tile `tile` of 16 (of m64 block 0; 4 per further block),
+//   from
+//                                                      unit `unit` on, is next; may load ahead
+//   void multiply_all(d, p, buffers, rounds)           adds the products of `rounds` units of 256 columns
+#pragma once
+
+#include "element.cuh"
+#include "bulk.cuh"
+#include "wgmma.cuh"
+
+#ifndef WEIGHT_STAGE_BYTES
+#define WEIGHT_STAGE_BYTES 0
+#endif
+#define ELEMENT_KIND (ELEM_BF16 ? BF16 : F16)
+#define UNIT 256
+#define TILE_TOKENS (8 * N_TILES)
+#define TILE_ROWS (64 * M_BLOCKS * CONSUMERS)
+#define TILE_FRAGMENTS (TILE_ROWS / 16)
+#define BAND_TOKENS 2048
+#define THREADS (128 * (CONSUMERS + 1))
+#define X_STAGE_BYTES (TILE_TOKENS * 128)
+#define STAGE_BYTES (X_STAGE_BYTES + WEIGHT_STAGE_BYTES)
+#define STAGING_AT (STAGES * STAGE_BYTES)
+#define CHUNK_TOKENS 32
+#define STAGING_BYTES (2 * CHUNK_TOKENS * 128)
+#define BARRIERS_AT (STAGING_AT + CONSUMERS * STAGING_BYTES)
+#define SUMS_PITCH (TILE_ROWS + 4)
+// Registers go from the producers to the consumers, in multiples of eight, within what the block has at its start; the
+// largest sums leave the producer a few too little.
+#define PRODUCER_REGISTERS (M_BLOCKS * N_TILES > 40 ? 24 : 32)
+#define LAUNCH_REGISTERS (65536 / MIN_BLOCKS / THREADS / 8 * 8)
+#define SHARE_REGISTERS ((LAUNCH_REGISTERS * (CONSUMERS + 1) - PRODUCER_REGISTERS) / CONSUMERS / 8 * 8)
+#define CONSUMER_REGISTERS (SHARE_REGISTERS > 240 ? 240 : SHARE_REGISTERS)
+
+static_assert(TILE_TOKENS % CHUNK_TOKENS == 0 && TILE_TOKENS % (8 * CLUSTER) == 0, "a tile has whole chunks of activation rows");
+
+struct alignas(64) Params {
+  u64 x[16];           // tensor map of x (m, cols): boxes of 64 columns by TILE_TOKENS / CLUSTER rows, 128-byte exchange pattern
+  const uint4* weight; // the kernel's own layout
+  const u16* bias;     // (rows,) or null
+  const u16* residual; // (m, rows) contiguous or null; added last
+  u16* y;              // (m, rows) contiguous
+  int m, rows;
+  int units;    // ceil(cols / UNIT)
+  int relu;     // clamp at 0 after the bias, before the residual
+  int y_vector; // y and residual are 16-byte aligned and rows is a multiple of 8
+};
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ float to_float(u16 v) { return load_element<ELEMENT_KIND>(&v, 0); }
+
+__device__ __forceinline__ u32 pack_pair(float low, float high) {
+  u32 v;
+#if ELEM_BF16
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+#endif
+  return v;
+}
+
+__device__ __forceinline__ void load_shared_x4(u32 address, u32 (&v)[4]) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(address) : "memory");
+}
+
+__device__ __forceinline__ void store_shared_x4(u32 address, const uint4& v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+// Weights are read again by the blocks of other activation rows: kept out of L1 only.
+__device__ __forceinline__ uint4 load_weight(const uint4* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+
+__device__ __forceinline__ u64 activation_policy() {
+  u64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Starts copying the box at column `column` and row `row` of x to `target` in every block of `mask`, whose barriers at the same place count
+// it.
+__device__ __forceinline__ void tensor_copy(u32 target, const u64* map, int column, int row, u32 barrier, u16 mask, u64 policy) {
+#if CLUSTER == 1
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(
+          target),
+      "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
+      : "memory");
+#else
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+               " [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(target),
+               "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(mask), "l"(policy)
+               : "memory");
+#endif
+}
+
+// Arrives at the barrier that block `rank` of the cluster has at this address.
+__device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
+  asm volatile("{\n"
+               ".reg .b32 remote;\n"
+               "mapa.shared::cluster.u32 remote, %0, %1;\n"
+               "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+               "}" ::"r"(barrier),
+               "r"(rank)
+               : "memory");
+}
+
+// A barrier of the 128 threads of one consumer warpgroup.
+__device__ __forceinline__ void warpgroup_sync() { asm volatile("bar.sync %0, 128;" ::"r"(1 + (threadIdx.x >> 7)) : "memory"); }
+
+struct Ring {
+  u32 slot, parity;
+  __device__ __forceinline__ void advance() {
+    if (++slot == STAGES) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// The buffers as a consumer warp goes through them, each once.
+struct Buffers {
+  u32 smem, before;
+  Ring ring;
+  bool any;
+
+  // Shared address of the next buffer, once it is there.
+  __device__ __forceinline__ u32 open() const {
+    barrier_wait(smem + BARRIERS_AT + 8 * ring.slot, ring.parity);
+    return smem + ring.slot * STAGE_BYTES;
+  }
+
+  __device__ __forceinline__ void release(u32 slot) const {
+    const u32 empty = smem + BARRIERS_AT + 8 * (STAGES + slot), lane = threadIdx.x & 31;
+#if CLUSTER == 1
+    if (lane == 0) barrier_arrive(empty);
+#else
+    if (lane < CLUSTER) barrier_arrive_at(empty, blockIdx.y * CLUSTER + lane);
+#endif
+  }
+
+  // After a product has been committed: waits for those before it. With the `first` product of a buffer the one before it is given back,
+  // after the `last` the next one is due.
+  __device__ __forceinline__ void close(bool first, bool last) {
+    wait_products<1>();
+    if (first) {
+      if (any) release(before);
+      before = ring.slot;
+      any = true;
+    }
+    if (last) ring.advance();
+  }
+
+  __device__ __forceinline__ void finish() {
+    wait_products<0>();
+    if (any) release(before);
+    any = false;
+  }
+};
+
+// Tiles in the order in which the clusters take them.
+struct Schedule {
+  int row_groups, token_tiles, at;
+
+  __device__ __forceinline__ explicit Schedule(const Params& p)
+      : row_groups((p.rows + TILE_ROWS * CLUSTER - 1) / (TILE_ROWS * CLUSTER)), token_tiles((p.m + TILE_TOKENS - 1) / TILE_TOKENS),
+        at(blockIdx.x / CLUSTER) {}
+
+  __device__ __forceinline__ bool any() const { return at < row_groups * token_tiles; }
+  __device__ __forceinline__ void advance() { at += gridDim.x / CLUSTER; }
+
+  __device__ __forceinline__ void place(int& row, int& token) const {
+    constexpr int BAND = (BAND_TOKENS + TILE_TOKENS - 1) / TILE_TOKENS;
+    const int first = at / (BAND * row_groups) * BAND, width = min(BAND, token_tiles - first), within = at - first * row_groups;
+    token = (first + within % width) * TILE_TOKENS;
+    row = (within / width * CLUSTER + blockIdx.x % CLUSTER) * TILE_ROWS;
+  }
+};
+
+// Of a chunk of y or residual, [CHUNK_TOKENS][64 rows] from (token, row) on: 16 bytes of a thread, between memory and shared memory.
+struct Piece {
+  int token, column;
+  u32 address;
+
+  __device__ __forceinline__ Piece(u32 buffer, int i) {
+    token = i >> 3;
+    column = (i & 7) * 8;
+    address = buffer + token * 128 + ((i ^ token) & 7) * 16;
+  }
+};
+
+__device__ __forceinline__ void fetch_chunk(const Params& p, u32 buffer, int token, int row) {
+#pragma unroll
+  for (int i = threadIdx.x & 127; i < CHUNK_TOKENS * 8; i += 128) {
+    const Piece piece(buffer, i);
+    const int n = token + piece.token, r = row + piece.column;
+    u16 v[8] = {};
+    const u16* source = p.residual + (size_t)n * p.rows + r;
+    if (n < p.m && r < p.rows) {
+      if (p.y_vector) {
+        *(uint4*)v = *(const uint4*)source;
+      } else {
+        for (int j = 0; j < 8; ++j)
+          if (r + j < p.rows) v[j] = source[j];
+      }
+    }
+    store_shared_x4(piece.address, *(const uint4*)v);
+  }
+}
+
+__device__ __forceinline__ void write_chunk(const Params& p, u32 buffer, int token, int row) {
+#pragma unroll
+  for (int i = threadIdx.x & 127; i < CHUNK_TOKENS * 8; i += 128) {
+    const Piece piece(buffer, i);
+    const int n = token + piece.token, r = row + piece.column;
+    if (n >= p.m || r >= p.rows) continue;
+    u32 v[4];
+    load_shared_x4(piece.address, v);
+    u16* target = p.y + (size_t)n * p.rows + r;
+    if (p.y_vector) {
+      *(uint4*)target = make_uint4(v[0], v[1], v[2], v[3]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        if (r + j < p.rows) target[j] = (u16)(v[j / 2] >> 16 * (j % 2));
+    }
+  }
+}
+
+// Rounds the tile's sums and writes them to y: a warp's fragments of yᵀ are stored transposed into chunks of shared memory, of which
+// whole lines of y are written. `row` and `token` are the place of the warpgroup's first sum.
+__device__ __forceinline__ void store_tile(const Params& p, u32 staging, const float (&d)[M_BLOCKS][N_TILES][4], int row, int token) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3;
+  // Of the four 8 x 8 matrices that a warp moves at a time: activation row and chunk of 16 bytes for which the lane gives the address.
+  // Another chunk may still be read, which was the last of a tile.
+  warpgroup_sync();
+  const u32 from = (lane >> 4) * 8 + (lane & 7), at = from * 128 + ((warp * 2 + (lane >> 3 & 1)) ^ (lane & 7)) * 16;
+#pragma unroll
+  for (int mb = 0; mb < M_BLOCKS; ++mb) {
+    const int first = row + mb * 64, mine = first + warp * 16 + (lane >> 2);
+    if (first >= p.rows) return;
+    float bias[2] = {0.0f, 0.0f};
+    if (p.bias) {
+      if (mine < p.rows) bias[0] = to_float(p.bias[mine]);
+      if (mine + 8 < p.rows) bias[1] = to_float(p.bias[mine + 8]);
+    }
+#pragma unroll
+    for (int chunk = 0; chunk < TILE_TOKENS / CHUNK_TOKENS; ++chunk) {
+      const int n = token + chunk * CHUNK_TOKENS;
+      if (n >= p.m) break;
+      const u32 buffer = staging + ((mb * (TILE_TOKENS / CHUNK_TOKENS) + chunk) & 1) * (CHUNK_TOKENS * 128);
+      if (p.residual) {
+        fetch_chunk(p, buffer, n, first);
+        warpgroup_sync();
+      }
+#pragma unroll
+      for (int pair = 0; pair < CHUNK_TOKENS / 16; ++pair) {
+        const u32 address = buffer + pair * (16 * 128) + at;
+        u32 held[4] = {0, 0, 0, 0}, v[4];
+        if (p.residual)
+          asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                       : "=r"(held[0]), "=r"(held[1]), "=r"(held[2]), "=r"(held[3])
+                       : "r"(address)
+                       : "memory");
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float (&sums)[4] = d[mb][chunk * (CHUNK_TOKENS / 8) + pair * 2 + i / 2];
+          float low = sums[i % 2 * 2] + bias[i % 2], high = sums[i % 2 * 2 + 1] + bias[i % 2];
+          if (p.relu) low = fmaxf(low, 0.0f), high = fmaxf(high, 0.0f);
+          if (p.residual) low += to_float((u16)held[i]), high += to_float((u16)(held[i] >> 16));
+          v[i] = pack_pair(low, high);
+        }
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]),
+                     "r"(v[2]), "r"(v[3])
+                     : "memory");
+      }
+      warpgroup_sync();
+      write_chunk(p, buffer, n, first);
+    }
+  }
+}
+
+#if SPLITS > 1
+__device__ __forceinline__ float4 cluster_read(u32 address, u32 rank) {
+  float4 v;
+  u32 remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(remote) : "memory");
+  return v;
+}
+
+// Puts a warpgroup's sums into shared memory, [TILE_TOKENS][SUMS_PITCH]; `row` counts from the tile's first.
+__device__ __forceinline__ void collect(float* sums, const float (&d)[M_BLOCKS][N_TILES][4], int row) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3;
+#pragma unroll
+  for (int mb = 0; mb < M_BLOCKS; ++mb)
+#pragma unroll
+    for (int nt = 0; nt < N_TILES; ++nt)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        sums[(nt * 8 + (lane & 3) * 2 + (i & 1)) * SUMS_PITCH + row + mb * 64 + warp * 16 + (lane >> 2) + (i >> 1) * 8] = d[mb][nt][i];
+}
+
+// Adds up this block's share of what the splits have collected and writes it to y.
+__device__ __forceinline__ void reduce_and_store(const Params& p, const float* sums, int row, int token) {
+  constexpr int FOURS = TILE_ROWS / 4;
+  const int rank = blockIdx.y, column = blockIdx.x % CLUSTER, count = min(TILE_TOKENS, p.m - token) * FOURS;
+  for (int e = rank * (128 * CONSUMERS) + threadIdx.x; e < count; e += SPLITS * 128 * CONSUMERS) {
+    const int n = e / FOURS, four = e % FOURS * 4, r = row + four;
+    const u32 address = shared_address(sums + n * SUMS_PITCH + four);
+    float4 part[SPLITS];
+#pragma unroll
+    for (int s = 0; s < SPLITS; ++s)
+      part[s] = cluster_read(address, s * CLUSTER + column);
+    float v[4] = {};
+#pragma unroll
+    for (int s = 0; s < SPLITS; ++s)
+      v[0] += part[s].x, v[1] += part[s].y, v[2] += part[s].z, v[3] += part[s].w;
+    const size_t at = (size_t)(token + n) * p.rows + r;
+    u16 bias[4] = {}, residual[4] = {};
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (r + i < p.rows) {
+        if (p.bias) bias[i] = p.bias[r + i];
+        if (p.residual && !p.y_vector) residual[i] = p.residual[at + i];
+      }
+    if (p.residual && p.y_vector && r < p.rows) *(uint2*)residual = *(const uint2*)(p.residual + at);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      v[i] += to_float(bias[i]);
+      if (p.relu) v[i] = fmaxf(v[i], 0.0f);
+      if (p.residual) v[i] += to_float(residual[i]);
+    }
+    const u32 pairs[2] = {pack_pair(v[0], v[1]), pack_pair(v[2], v[3])};
+    if (p.y_vector) {
+      if (r < p.rows) *(uint2*)(p.y + at) = make_uint2(pairs[0], pairs[1]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (r + i < p.rows) p.y[at + i] = (u16)(pairs[i / 2] >> 16 * (i % 2));
+    }
+  }
+}
+#endif
+
+template <class Weights>
+__device__ __forceinline__ void produce(const Params& p, u32 smem, int begin, int rounds) {
+  const u32 full = smem + BARRIERS_AT, empty = full + 8 * STAGES, lane = threadIdx.x & 31;
+  const u32 part = blockIdx.x % CLUSTER;
+  const u16 mask = (u16)(((1u << CLUSTER) - 1) << (blockIdx.y * CLUSTER));
+  const u64 policy = activation_policy();
+  Ring ring = {0, 1};
+  wait_predecessor();
+  for (Schedule tiles(p); tiles.any(); tiles.advance()) {
+    int row, token;
+    tiles.place(row, token);
+    for (int stage = begin * (UNIT / 64); stage < (begin + rounds) * (UNIT / 64); ++stage) {
+      const u32 buffer = smem + ring.slot * STAGE_BYTES, barrier = full + 8 * ring.slot;
+      barrier_wait(empty + 8 * ring.slot, ring.parity);
+      if (lane == 0) {
+        barrier_expect(barrier, STAGE_BYTES);
+        tensor_copy(buffer + part * (X_STAGE_BYTES / CLUSTER), p.x, stage * 64, token + part * (TILE_TOKENS / CLUSTER), barrier, mask,
+                    policy);
+      }
+      __syncwarp();
+      Weights::produce(p, buffer + X_STAGE_BYTES, barrier, row / 16, stage);
+      ring.advance();
+    }
+  }
+}
+
+template <class Weights>
+__device__ __forceinline__ void consume(const Params& p, unsigned char* dynamic, int begin, int rounds) {
+  const u32 smem = shared_address(dynamic), warpgroup = threadIdx.x >> 7;
+  const int above = warpgroup * (64 * M_BLOCKS), fragment = above / 16 + (threadIdx.x >> 5 & 3);
+  Buffers buffers = {smem, 0, {0, 0}, false};
+  Weights weights;
+  Schedule tiles(p);
+  if (!tiles.any()) return;
+  int row, token;
+  tiles.place(row, token);
+  weights.start(p, row / 16 + fragment, begin);
+  bool first = true;
+  while (true) {
+    float d[M_BLOCKS][N_TILES][4] = {};
+    weights.multiply_all(d, p, buffers, rounds);
+    buffers.finish();
+    if (first) wait_predecessor();
+    first = false;
+#if SPLITS > 1
+    cluster_sync();
+    collect((float*)dynamic, d, above);
+    cluster_sync();
+    reduce_and_store(p, (const float*)dynamic, row, token);
+    return;
+#else
+    const int done_row = row, done_token = token;
+    tiles.advance();
+    const bool more = tiles.any();
+    if (more) {
+      tiles.place(row, token);
+      weights.start(p, row / 16 + fragment, begin);
+    }
+    store_tile(p, smem + STAGING_AT + warpgroup * STAGING_BYTES, d, done_row + above, done_token);
+    if (!more) return;
+#endif
+  }
+}
+
+template <class Weights>
+__device__ __forceinline__ void prefill(const Params& p) {
+  extern __shared__ __align__(1024) unsigned char dynamic[];
+  const u32 smem = shared_address(dynamic);
+  const int split = blockIdx.y;
+  const int begin = (int)((long long)p.units * split / SPLITS), rounds = (int)((long long)p.units * (split + 1) / SPLITS) - begin;
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < STAGES; ++s) {
+      barrier_init(smem + BARRIERS_AT + 8 * s, 1);
+      barrier_init(smem + BARRIERS_AT + 8 * (STAGES + s), 4 * CONSUMERS * CLUSTER);
+    }
+    barrier_init_fence();
+  }
+  release_successor();
+#if CLUSTER * SPLITS > 1
+  cluster_sync();
+#endif
+  __syncthreads();
+  if (threadIdx.x >= 128 * CONSUMERS) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
+    if (threadIdx.x < 128 * CONSUMERS + 32) produce<Weights>(p, smem, begin, rounds);
+#if SPLITS > 1
+    __syncwarp();
+    cluster_sync();
+    cluster_sync();
+#endif
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
+    consume<Weights>(p, dynamic, begin, rounds);
+  }
+  // A block may not leave while others still copy into it, arrive at its barriers or read its sums.
+#if CLUSTER * SPLITS > 1
+  __syncwarp();
+  cluster_sync();
+#endif
+}

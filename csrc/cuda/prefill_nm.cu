@@ -1,0 +1,113 @@
+// y = x · Wᵀ for 2:4 weights and many activation rows on Hopper (sm_90a): sparse wgmma over the frame of prefill_common.cuh.
+//
+// `weight` is the layout of decode_nm.cu: a lane's 16 bytes of a step are its part of operand A.
+//   A_SHARED 0: they go from memory straight into registers, three products ahead
+//   A_SHARED 1: bulk copies bring them into the buffers of x, 1 KB for each row tile of 16, and each is read one product ahead
+#if A_SHARED
+#define WEIGHT_STAGE_BYTES (4 * M_BLOCKS * CONSUMERS * 1024)
+#endif
+#include "prefill_common.cuh"
+
+// Uint4 of one row tile's unit: positions, then eight steps of values.
+#define UNIT_QUADS (9 * 32)
+
+__device__ __forceinline__ const uint4* unit_of(const Params& p, int tile, int unit) {
+  // Tiles behind the last row read the last tile again; their sums are not stored.
+  return p.weight + ((size_t)min(tile, (p.rows + 15) / 16 - 1) * p.units + unit) * UNIT_QUADS;
+}
+
+struct Weights {
+#if A_SHARED
+  static constexpr int SETS = 2;
+#else
+  static constexpr int SETS = 4;
+#endif
+  const uint4* source[M_BLOCKS]; // of the unit at hand, this lane's
+  uint4 values[SETS];
+  u32 positions[M_BLOCKS][4]; // a word for two steps
+
+  static __device__ __forceinline__ void produce(const Params& p, u32 target, u32 barrier, int tile, int stage) {
+#if A_SHARED
+    const int i = threadIdx.x & 31;
+    if (i < TILE_FRAGMENTS) {
+      u64 policy;
+      asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+      bulk_copy(target + i * 1024, unit_of(p, tile + i, stage / 4) + (1 + stage % 4 * 2) * 32, 1024, barrier, policy);
+    }
+#endif
+  }
+
+  // The word of steps 2w and 2w + 1 of the unit at hand, or of the one `ahead`. Its line is kept in L1 for the other words.
+  __device__ __forceinline__ void load_positions(int mb, int w, int ahead) {
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(positions[mb][w]) : "l"((const u32*)(source[mb] + ahead) + w));
+  }
+
+  // Operand A of product i of the unit at hand, or of the one `ahead` from its last on.
+  __device__ __forceinline__ void load_values(int i, int ahead) {
+    const int s = i / M_BLOCKS;
+    values[i % SETS] = load_weight(source[i % M_BLOCKS] + (s < 8 ? 0 : ahead) + (1 + s % 8) * 32);
+  }
+
+  __device__ __forceinline__ void start(const Params& p, int tile, int unit) {
+#pragma unroll
+    for (int mb = 0; mb < M_BLOCKS; ++mb) {
+      source[mb] = unit_of(p, tile + 4 * mb, unit) + (threadIdx.x & 31);
+#pragma unroll
+      for (int w = 0; w < 4; ++w)
+        load_positions(mb, w, 0);
+    }
+#if !A_SHARED
+#pragma unroll
+    for (int i = 0; i < SETS - 1; ++i)
+      load_values(i, 0);
+#endif
+  }
+
+  __device__ __forceinline__ void read_values(u32 buffer, int i) {
+    const int s = i / M_BLOCKS, fragment = ((threadIdx.x >> 7) * M_BLOCKS + i % M_BLOCKS) * 4 + (threadIdx.x >> 5 & 3);
+    u32 v[4];
+    load_shared_x4(buffer + X_STAGE_BYTES + fragment * 1024 + s % 2 * 512 + (threadIdx.x & 31) * 16, v);
+    values[i % SETS] = make_uint4(v[0], v[1], v[2], v[3]);
+  }
+
+  __device__ __forceinline__ void multiply_all(float (&d)[M_BLOCKS][N_TILES][4], const Params& p, Buffers& x, int rounds) {
+    u32 buffer = x.open();
+#if A_SHARED
+    read_values(buffer, 0);
+#endif
+    for (int round = 0; round < rounds; ++round) {
+      // Behind the last unit it is read again, to no purpose: loads under a condition would make the compiler wait for each product.
+      const int ahead = round + 1 < rounds ? UNIT_QUADS : 0;
+#pragma unroll
+      for (int i = 0; i < 8 * M_BLOCKS; ++i) {
+        const int s = i / M_BLOCKS, mb = i % M_BLOCKS;
+        const bool last = s % 2 == 1 && mb == M_BLOCKS - 1;
+        const u64 b = describe(buffer + s % 2 * 64);
+        fence_registers();
+        if (s % 2 == 0)
+          wgmma_sparse<0>(d[mb], values[i % SETS], b, positions[mb][s / 2]);
+        else
+          wgmma_sparse<1>(d[mb], values[i % SETS], b, positions[mb][s / 2]);
+        commit_products();
+        x.close(s % 2 == 0 && mb == 0, last);
+        if (last && (s < 7 || ahead)) buffer = x.open();
+#if A_SHARED
+        read_values(buffer, (i + 1) % (8 * M_BLOCKS));
+#else
+        load_values(i + SETS - 1, ahead);
+#endif
+        // The last products that read a word are over a step later.
+        if (s % 2 == 0 && mb == M_BLOCKS - 1) {
+#pragma unroll
+          for (int other = 0; other < M_BLOCKS; ++other)
+            load_positions(other, (s / 2 + 3) % 4, s == 0 ? 0 : ahead);
+        }
+      }
+#pragma unroll
+      for (int mb = 0; mb < M_BLOCKS; ++mb)
+        source[mb] += UNIT_QUADS;
+    }
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) prefill_nm(const __grid_constant__ Params p) { prefill<Weights>(p); }

@@ -1,0 +1,221 @@
+"""What the kernels over csrc/cuda/prefill_common.cuh share on the host: tiles, the description of the activations, and the launch.
+
+They run on compute capability 9.0 and read the layouts of the decode kernels. A form made of one is a :class:`WgmmaForm`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from functools import cache
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_engine import cuda
+from sparse_engine.backends.cuda_decode import UNIT, Gpu, gpu
+from sparse_engine.backends.cuda_prefill import Call, Compilations, Form
+from sparse_engine.errors import KernelUnavailableError
+from sparse_engine.registry import Config
+
+__all__ = ["PrefillSource", "PrefillTile", "WgmmaForm", "run_prefill"]
+
+_CHUNK_TOKENS = 32
+_X_COLUMNS = 64
+"""Columns of a buffer."""
+_CLOCKS_PER_US = 1.6e3
+"""Of an H200 under such load, for estimates."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillTile:
+    """How one launch divides its work: macros of prefill_common.cuh, and ``a_shared`` of prefill_nm.cu."""
+
+    n_tiles: int
+    m_blocks: int
+    consumers: int
+    stages: int
+    cluster: int = 1
+    splits: int = 1
+    min_blocks: int = 1
+    a_shared: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Weight rows."""
+        return 64 * self.m_blocks * self.consumers
+
+    @property
+    def tokens(self) -> int:
+        """Activation rows."""
+        return 8 * self.n_tiles
+
+    @property
+    def threads(self) -> int:
+        return 128 * (self.consumers + 1)
+
+    def macros(self) -> dict[str, int]:
+        return {
+            "N_TILES": self.n_tiles,
+            "M_BLOCKS": self.m_blocks,
+            "CONSUMERS": self.consumers,
+            "STAGES": self.stages,
+            "CLUSTER": self.cluster,
+            "SPLITS": self.splits,
+            "MIN_BLOCKS": self.min_blocks,
+            "A_SHARED": self.a_shared,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSource:
+    """A kernel ``function`` of csrc/cuda/``file``, compiled with ``macros`` and a tile's."""
+
+    file: str
+    function: str
+    macros: tuple[tuple[str, int], ...] = ()
+
+    def weight_stage_bytes(self, tile: PrefillTile) -> int:
+        """Of a buffer of 64 columns: what its weights take."""
+        return tile.rows * _X_COLUMNS if tile.a_shared else 0
+
+    def shared_bytes(self, tile: PrefillTile) -> int:
+        """Shared memory of a block: buffers, a place to transpose sums in, barriers; the sums of splits reuse it."""
+        buffers = tile.stages * (tile.tokens * _X_COLUMNS * 2 + self.weight_stage_bytes(tile))
+        staging = tile.consumers * 2 * _CHUNK_TOKENS * 128
+        sums = tile.tokens * (tile.rows + 4) * 4 if tile.splits > 1 else 0
+        return max(buffers + staging + 16 * tile.stages, sums)
+
+    def fits(self, tile: PrefillTile, here: Gpu) -> bool:
+        """Whether ``tile`` has a form and its blocks have the shared memory that they need."""
+        share = (here.shared_limit + 1024) // tile.min_blocks - 1024
+        return self.shared_bytes(tile) <= share and tile.tokens % (8 * tile.cluster) == 0 and tile.cluster * tile.splits <= 8
+
+    def all_macros(self, tile: PrefillTile, element: torch.dtype) -> tuple[tuple[str, int], ...]:
+        """What the source is compiled with."""
+        return tuple(sorted({**dict(self.macros), **tile.macros(), "ELEM_BF16": int(element is torch.bfloat16)}.items()))
+
+
+class _Params(ctypes.Structure):
+    """``Params`` of prefill_common.cuh."""
+
+    _fields_ = (
+        ("x", cuda.TensorMap),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "residual", "y")),
+        *((name, ctypes.c_int) for name in ("m", "rows", "units", "relu", "y_vector")),
+        # The structure's alignment is that of a tensor map, and so its size a multiple of 64.
+        ("padding", ctypes.c_int * 3),
+    )
+
+
+@cache
+def _function(source: PrefillSource, arch: str, element: torch.dtype, tile: PrefillTile) -> cuda.CudaFunction:
+    return cuda.load(source.file, source.function, arch, source.all_macros(tile, element))
+
+
+def _grid(tile: PrefillTile, rows: int, m: int, processors: int) -> tuple[int, int]:
+    """Blocks along tiles (whole clusters that stay for several tiles, or one for each tile where splits add up) and splits."""
+    clusters = -(-rows // (tile.rows * tile.cluster)) * -(-m // tile.tokens)
+    if tile.splits == 1:
+        clusters = min(clusters, max(processors * tile.min_blocks // tile.cluster, 1))
+    return clusters * tile.cluster, tile.splits
+
+
+def _described(x: Tensor) -> Tensor:
+    """x (m, columns), or a copy of it that a tensor map can describe."""
+    step = 16 // x.element_size()
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    if x.data_ptr() % 16 or x.stride(0) % step or x.stride(0) < x.shape[1]:
+        x = F.pad(x, (0, -x.shape[1] % step)) if x.shape[1] % step else x.clone(memory_format=torch.contiguous_format)
+    return x
+
+
+def run_prefill(source: PrefillSource, tile: PrefillTile, call: Call) -> Tensor:
+    """The product of ``call`` on the current device.
+
+    Raises:
+        KernelUnavailableError: there is no such form, or it cannot be compiled or launched.
+    """
+    x, rows, residual, bias = call.x, call.rows, call.residual, call.bias
+    here, units = gpu(x.device.index), -(-call.columns // UNIT)
+    if here.arch != "sm_90a" or not source.fits(tile, here) or tile.splits > units:
+        raise KernelUnavailableError(f"{source.function} has no form for {tile} and {call.columns} columns on {here.name}")
+    y = x.new_empty((*x.shape[:-1], rows))
+    if y.numel() == 0:
+        return y
+    flat = _described(x.reshape(call.m, call.columns))
+    stored = (y.data_ptr(), *(t.data_ptr() for t in (residual,) if t is not None))
+    params = _Params(
+        cuda.tensor_map(flat, (tile.tokens // tile.cluster, _X_COLUMNS)),
+        call.weight.data_ptr(),
+        bias.data_ptr() if bias is not None else None,
+        residual.data_ptr() if residual is not None else None,
+        y.data_ptr(),
+        call.m,
+        rows,
+        units,
+        int(call.relu),
+        int(rows % 8 == 0 and all(at % 16 == 0 for at in stored)),
+    )
+    function = _function(source, here.arch, x.dtype, tile)
+    blocks = _grid(tile, rows, call.m, here.processors)
+    cluster = (tile.cluster, tile.splits)
+    cuda.launch(function, blocks, tile.threads, source.shared_bytes(tile), params, x.device.index, cluster=cluster, overlap=True)
+    return y
+
+
+class WgmmaForm(Form):
+    """A form made of one kernel; a configuration is its name and a tile's fields.
+
+    Attributes:
+        source: the kernel.
+        tiles: what tuning measures, a dozen at most.
+    """
+
+    source: ClassVar[PrefillSource]
+    tiles: ClassVar[tuple[PrefillTile, ...]]
+
+    def unsupported(self, here: Gpu) -> str | None:
+        return None if here.arch == "sm_90a" else f"runs on compute capability 9.0, not on {here.arch}"
+
+    def configs(self, pattern: str, rows: int, columns: int, m: int, here: Gpu) -> Sequence[Config]:
+        able = [tile for tile in self.tiles if self.source.fits(tile, here) and tile.splits * UNIT <= columns]
+        return [(self.name, *astuple(tile)) for tile in sorted(able, key=lambda tile: self.clocks(tile, rows, columns, m, here))]
+
+    def tile_of(self, config: Config) -> PrefillTile:
+        """The tile of a configuration.
+
+        Raises:
+            KernelUnavailableError: it is of another version.
+        """
+        fields = [field for field in config[1:] if isinstance(field, int)]
+        if len(fields) != len(PrefillTile.__dataclass_fields__):
+            raise KernelUnavailableError(f"{list(config)} is no configuration of {self.name}")
+        return PrefillTile(*fields)
+
+    def compilations(self, pattern: str, dtype: torch.dtype, config: Config, here: Gpu) -> Compilations:
+        return ((self.source.file, here.arch, self.source.all_macros(self.tile_of(config), dtype)),)
+
+    def clocks(self, tile: PrefillTile, rows: int, columns: int, m: int, here: Gpu) -> float:
+        """Estimated clocks of a launch: a tile's time is what passes through shared memory, and tiles run in whole rounds.
+
+        A step of 32 columns reads its activations once for each m64 block and writes them once; weights pass through twice.
+        """
+        step = (tile.tokens * 64 * (tile.rows // 64 + 1) + tile.rows * 72) / 128
+        tiles = -(-rows // (tile.rows * tile.cluster)) * tile.cluster * -(-m // tile.tokens) * tile.splits
+        resident = here.processors // (tile.cluster * tile.splits) * tile.cluster * tile.splits * tile.min_blocks
+        rounds = -(-tiles // min(tiles, resident))
+        store = tile.rows * tile.tokens / 12 * (2.5 if tile.splits > 1 else 1.0)
+        steps = -(-columns // UNIT) * 8 / tile.splits
+        return rounds * ((steps * step + store) * min(tile.min_blocks, -(-tiles // here.processors)) + 1500)
+
+    def estimate_us(self, pattern: str, rows: int, columns: int, m: int, here: Gpu) -> float:
+        best = self.tile_of(self.configs(pattern, rows, columns, m, here)[0])
+        return 3.0 + self.clocks(best, rows, columns, m, here) / _CLOCKS_PER_US
+
+    def run(self, call: Call, config: Config) -> Tensor:
+        return run_prefill(self.source, self.tile_of(config), call)
