@@ -1,4 +1,4 @@
-"""2:4 weights through sparse wgmma (csrc/cuda/prefill_nm.cu), in the decode kernels' layout: the form for many activation rows on Hopper."""
+"""2:4 weights through sparse wgmma (csrc/cuda/prefill_nm.cu), in the decode kernels' layout: for many activation rows on Hopper."""
 
 from __future__ import annotations
 
