@@ -144,6 +144,20 @@ def test_product_of_many_rows(pattern: str, shape: tuple[int, int], dtype: torch
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("pattern", "shape", "m"),
+    [("2:4", (401, 132), 161), ("2:4", (13, 2308), 33), ("0.5", (413, 75), 161), ("4:8", (25, 4104), 131), ("0.6", (27, 2500), 40)],
+    ids=str,
+)
+def test_product_of_several_panels_and_passes(pattern: str, shape: tuple[int, int], m: int, dtype: torch.dtype, level: str) -> None:
+    """More weight rows than a panel, columns than a tile, and activation rows than a pass has."""
+    torch.manual_seed(0)
+    packed = pack(pattern, shape, dtype)
+    x, bias = torch.randn(m, shape[1]).to(dtype), torch.randn(shape[0]).to(dtype)
+    assert_close(native_product(x, packed, bias, 2), expected(x, packed, bias), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 31), (6, 33), (9, 129), (130, 1001), (8, 2048)], ids=str)
 def test_dense_product(shape: tuple[int, int], dtype: torch.dtype, level: str) -> None:
     torch.manual_seed(0)

@@ -94,6 +94,15 @@ def test_product(pattern: str, shape: tuple[int, int], kind: str, level: str) ->
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("pattern", "shape", "m"), [("2:4", (401, 136), 161), ("0.5", (29, 2500), 33), ("4:8", (26, 4104), 131)], ids=str)
+def test_product_of_several_panels_and_passes(pattern: str, shape: tuple[int, int], m: int, kind: str, level: str) -> None:
+    torch.manual_seed(0)
+    packed = pack(pattern, shape, kind)
+    x, bias = torch.randn(m, shape[1]), torch.randn(shape[0])
+    assert_near(product(x, packed, bias), quantised(x) @ exact_weight(packed).T + bias.double(), 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("pattern", "shape"), [("2:4", (65, 768)), ("4:8", (40, 768)), ("0.5", (37, 515))], ids=str)
 def test_layer_is_near_the_product_of_the_activations_as_they_are(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import OPTForCausalLM
 
-from sparse_engine import SparseOPTForCausalLM, native
+from sparse_engine import Mask, SparseLinear, SparseOPTForCausalLM, SparsityPattern, formats, native
 from sparse_engine.convert import convert
 from sparse_engine.engine import native_step
 from sparse_engine.engine.cpu import int8_head
@@ -127,6 +127,22 @@ def test_logits_of_16_bit_weights(tiny_opt: Path, packing: dict[str, Any] | None
     ids = torch.randint(4, 300, (2, 18), generator=torch.Generator().manual_seed(7))
     got = run(Decoder(Description(model), 2, SLOTS), ids, starts)
     assert error(got, reference(exact(model), ids, starts)) < TOLERANCE[dtype]
+
+
+def test_layers_of_several_patterns_share_no_packed_input(tiny_opt: Path, level: str) -> None:
+    """At 12 sequences 2:4 and unstructured weights want their input laid out differently."""
+    model = load(tiny_opt, {"nm": "2:4"}, torch.bfloat16)
+    pattern = SparsityPattern.parse("0.5")
+    for layer in model.model.decoder.layers:
+        linear = layer.self_attn.k_proj
+        weight = linear.unpack()
+        mask = Mask(pattern, torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.5)
+        packed = formats.for_pattern(pattern).pack(weight, mask)
+        layer.self_attn.k_proj = SparseLinear.from_packed(packed, linear.bias.detach())
+    starts = torch.zeros(12, dtype=torch.long)
+    ids = torch.randint(4, 300, (12, 6), generator=torch.Generator().manual_seed(3))
+    got = run(Decoder(Description(model), 12, SLOTS), ids, starts)
+    assert error(got, reference(exact(model), ids, starts)) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])

@@ -126,6 +126,28 @@ void pack_x(const void* x, int m, int64_t columns, int64_t padded_columns, void*
     }
 }
 
+// Sums of the lanes of M <= 8 registers, side by side: halves, then quarters of all of them are added at once.
+template <int M>
+inline __m256 add_lanes(const __m512 (&sum)[M]) {
+  __m512 t[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    t[i] = i < M ? sum[i < M ? i : 0] : _mm512_setzero_ps();
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    t[i] = _mm512_add_ps(_mm512_unpacklo_ps(t[2 * i], t[2 * i + 1]), _mm512_unpackhi_ps(t[2 * i], t[2 * i + 1]));
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    __m512d a = _mm512_castps_pd(t[2 * i]), b = _mm512_castps_pd(t[2 * i + 1]);
+    t[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  // Each 128-bit lane of t[0] holds a quarter of the sums 0 .. 3, of t[1] of 4 .. 7.
+  __m512 four = _mm512_add_ps(_mm512_shuffle_f32x4(t[0], t[1], 0x88), _mm512_shuffle_f32x4(t[0], t[1], 0xdd));
+  __m512 swapped = _mm512_shuffle_f32x4(four, four, 0xb1);
+  __m512 sums = _mm512_add_ps(four, swapped);
+  return _mm512_castps512_ps256(_mm512_shuffle_f32x4(sums, sums, 0x08));
+}
+
 // Bytes ahead of its row's pointer that a prefetch touches. Rows of one stream lie end to end, so it runs on into the next.
 // The bitmasks are left to the hardware: its prefetchers follow them, and fewer instructions compete with the expansion.
 constexpr int kPrefetch = 512;
@@ -182,9 +204,14 @@ struct Block {
   }
 
   inline void finish(float* out) const {
-    for (int r = 0; r < R; ++r)
-      for (int m = 0; m < M; ++m)
-        out[r * M + m] = _mm512_reduce_add_ps(sum[r][m]);
+    for (int r = 0; r < R; ++r) {
+      if constexpr (M > 2) {
+        _mm256_mask_storeu_ps(out + r * M, __mmask8((1 << M) - 1), add_lanes<M>(sum[r]));
+      } else {
+        for (int m = 0; m < M; ++m)
+          out[r * M + m] = _mm512_reduce_add_ps(sum[r][m]);
+      }
+    }
   }
 };
 

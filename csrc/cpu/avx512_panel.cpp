@@ -9,71 +9,28 @@
 
 #include <immintrin.h>
 
-#include <utility>
-
-#include "kernels.h"
-#include "numeric.h"
-#include "sparse_engine.h"
+#include "avx512_panel.h"
 
 namespace sparse_engine {
 namespace {
 
-constexpr int kLanes = 16;
-constexpr int kBlock = 2 * kLanes; // activation rows of a full block; the last one may be half as wide
-constexpr int kStep = 12;          // weight rows of a micro-kernel
-constexpr int kWordsAhead = 3;     // words of the next tile that are spread per 8 dwords
-
-template <class Body, int... i>
-[[gnu::always_inline]] inline void each(Body body, std::integer_sequence<int, i...>) {
-  (body(std::integral_constant<int, i>{}), ...);
-}
-
-// body(0) .. body(N - 1) with constant indices, so that the arrays they index live in registers: a pragma on a loop comes too late for
-// that.
-template <int N, class Body>
-[[gnu::always_inline]] inline void unrolled(Body body) {
-  each(body, std::make_integer_sequence<int, N>{});
-}
-
-inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
-
-inline int count(uint64_t bits) { return int(_mm_popcnt_u64(bits)); }
-
-inline uint64_t first(int64_t n) { return n >= 64 ? ~uint64_t(0) : n <= 0 ? 0 : (uint64_t(1) << n) - 1; }
-
-inline int64_t padded(int64_t columns) { return (columns + kColumnPad - 1) / kColumnPad * kColumnPad; }
-
-inline int64_t width(int64_t rows_left) { return rows_left > kLanes ? kBlock : kLanes; }
-
-inline __m512 load_fp32(Bf16, const uint8_t* p, int64_t n) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16(first(n)), p)), 16));
-}
-inline __m512 load_fp32(Fp16, const uint8_t* p, int64_t n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16(first(n)), p)); }
-inline __m512 load_fp32(Fp32, const uint8_t* p, int64_t n) { return _mm512_maskz_loadu_ps(__mmask16(first(n)), p); }
+constexpr int kStep = 12; // weight rows of a micro-kernel
 
 // The values of one row, taken 64 columns at a time. `at` counts what was taken: values, or nibbles of int4.
 
-struct Bf16Panel {
-  static constexpr int kPerDword = 2, kColumns = 256;
-  static constexpr bool kInteger = false, kGroups = false;
-  static constexpr int kPieceBytes = kColumns; // of values, where half of the columns are kept
+struct Bf16Panel : Bf16Columns {
+  static constexpr int kColumns = 256;
+  static constexpr int kWordBytes = 64; // of the values of 64 columns, where half of them are kept
   static inline const uint8_t* place(const uint8_t* values, int64_t at) { return values + 2 * at; }
   static inline void spread(const uint8_t* values, int64_t& at, uint64_t bits, uint8_t* tile) {
     const uint8_t* from = place(values, at);
     int low = count(uint32_t(bits));
     _mm512_store_si512(tile, _mm512_maskz_expand_epi16(uint32_t(bits), _mm512_loadu_si512(from)));
-    _mm512_store_si512(tile + 64, _mm512_maskz_expand_epi16(uint32_t(bits >> 32), _mm512_loadu_si512(from + 2 * low)));
+    _mm512_store_si512(tile + kStep * 64, _mm512_maskz_expand_epi16(uint32_t(bits >> 32), _mm512_loadu_si512(from + 2 * low)));
     at += low + count(bits >> 32);
   }
   using Sum = __m512;
   static inline Sum multiply(Sum sum, __m512i x, __m512i w) { return _mm512_dpbf16_ps(sum, __m512bh(w), __m512bh(x)); }
-  // 16 dwords of one activation row: 32 columns.
-  static inline __m512i dwords(Bf16, const uint8_t* x, int64_t n, float) { return _mm512_maskz_loadu_epi16(__mmask32(first(n)), x); }
-  template <class X>
-  static inline __m512i dwords(X t, const uint8_t* x, int64_t n, float) {
-    __m512 high = n > 16 ? load_fp32(t, x + 16 * sizeof(typename X::Storage), n - 16) : _mm512_setzero_ps();
-    return __m512i(_mm512_cvtne2ps_pbh(high, load_fp32(t, x, n)));
-  }
 };
 
 inline __m512 widen(Fp16, __m256i halves) { return _mm512_cvtph_ps(halves); }
@@ -83,10 +40,10 @@ template <class T>
 struct Fp32Panel {
   static constexpr int kPerDword = 1, kColumns = 128;
   static constexpr bool kInteger = false, kGroups = false;
-  static constexpr int kPieceBytes = kColumns / 2 * int(sizeof(typename T::Storage));
+  static constexpr int kWordBytes = 32 * int(sizeof(typename T::Storage));
   static inline const uint8_t* place(const uint8_t* values, int64_t at) { return values + at * int64_t(sizeof(typename T::Storage)); }
   static inline void spread(const uint8_t* values, int64_t& at, uint64_t bits, uint8_t* tile) {
-    for (int i = 0; i < 4; ++i, bits >>= 16, tile += 64) {
+    for (int i = 0; i < 4; ++i, bits >>= 16, tile += kStep * 64) {
       auto mask = __mmask16(bits);
       const uint8_t* from = place(values, at);
       __m512 w;
@@ -132,9 +89,9 @@ struct IntegerPanel {
 };
 
 struct Int8Panel : IntegerPanel {
-  static constexpr int kColumns = 512;
+  static constexpr int kColumns = 2048;
   static constexpr bool kGroups = false;
-  static constexpr int kPieceBytes = kColumns / 2;
+  static constexpr int kWordBytes = 32;
   static inline const uint8_t* place(const uint8_t* values, int64_t at) { return values + at; }
   static inline void spread(const uint8_t* values, int64_t& at, uint64_t bits, uint8_t* tile) {
     _mm512_store_si512(tile, _mm512_maskz_expand_epi8(bits, _mm512_loadu_si512(values + at)));
@@ -144,9 +101,9 @@ struct Int8Panel : IntegerPanel {
 };
 
 struct Int4Panel : IntegerPanel {
-  static constexpr int kColumns = kScaleColumns;
+  static constexpr int kColumns = 8 * kScaleColumns;
   static constexpr bool kGroups = true;
-  static constexpr int kPieceBytes = kColumns / 4;
+  static constexpr int kWordBytes = 16;
   static inline const uint8_t* place(const uint8_t* values, int64_t at) { return values + at / 2; }
   static inline void spread(const uint8_t* values, int64_t& at, uint64_t bits, uint8_t* tile) {
     const __m512i neighbours = _mm512_setr_epi32(0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8);
@@ -164,127 +121,64 @@ struct Int4Panel : IntegerPanel {
   }
 };
 
-void transpose(__m512i (&r)[kLanes]) {
-  __m512i t[kLanes];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i)
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      r[4 * i + 2 * j] = _mm512_unpacklo_epi64(t[4 * i + j], t[4 * i + 2 + j]);
-      r[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(t[4 * i + j], t[4 * i + 2 + j]);
-    }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    t[j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88);
-    t[4 + j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
-    t[8 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
-    t[12 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
-  }
-#pragma GCC unroll 8
-  for (int j = 0; j < 8; ++j) {
-    r[j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0x88);
-    r[8 + j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0xdd);
-  }
-}
+constexpr int64_t kPanelRows = 384;                        // weight rows of a panel
+constexpr int64_t kActivationsAtOnce = int64_t(512) << 10; // bytes of them that stay in the second-level cache while a panel's rows pass
+constexpr int64_t kMostDwords = 1024;                      // of a tile's row
+constexpr int64_t kRowsAhead = kRowsBehind;                // rows behind the one being spread whose bytes are fetched
+constexpr int64_t kChunkBytes = kStep * 64;
 
-// Packed activations: an fp32 scale for each row, then a block after another; bytes of one lane's row of it per column.
+// Columns of a tile: kStep rows of (columns / 64 bytes, kStep, 64 bytes), so that a micro-kernel's addresses are constants.
 template <class P>
-constexpr int64_t bytes_per_row(int64_t padded_columns) {
-  return padded_columns / P::kPerDword * 4;
+int64_t tile_columns(int64_t m) {
+  if (P::kInteger) return P::kColumns;
+  int64_t dwords = kActivationsAtOnce / (padded_rows(m) * 4);
+  int64_t columns = (dwords < kMostDwords ? dwords : kMostDwords) * P::kPerDword;
+  return columns < P::kColumns ? P::kColumns : columns / P::kColumns * P::kColumns;
 }
 
-inline int64_t padded_rows(int64_t m) { return (m + kLanes - 1) / kLanes * kLanes; }
-
-inline int64_t header_bytes(int64_t m) { return padded_rows(m) * 4; }
-
+// `n` rows from `row` on whose columns from `first_word` on are spread, all at once or while other rows are multiplied.
 template <class P>
-size_t activation_bytes(int64_t m, int64_t columns) {
-  return size_t(header_bytes(m) + padded_rows(m) * bytes_per_row<P>(padded(columns)));
-}
-
-template <class X>
-float largest_magnitude(const uint8_t* row, int64_t columns) {
-  __m512i most = _mm512_setzero_si512();
-  for (int64_t c = 0; c < columns; c += 16) {
-    __m512i bits = _mm512_castps_si512(load_fp32(X{}, row + c * int64_t(sizeof(typename X::Storage)), columns - c));
-    most = _mm512_max_epu32(most, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
-  }
-  return float_from_bits(_mm512_reduce_max_epu32(most));
-}
-
-// Rows [16 part.., ..) of x by 16 at a time. A block is (dwords, rows, 4 bytes).
-template <class P, class X>
-void pack(const void* x, int64_t m, int64_t columns, void* packed, int64_t part, int64_t parts) {
-  constexpr int64_t kBytes = sizeof(typename X::Storage);
-  constexpr int kChunk = kLanes * P::kPerDword; // columns of 16 dwords
-  auto scales = static_cast<float*>(packed);
-  auto blocks = static_cast<uint8_t*>(packed) + header_bytes(m);
-  int64_t row_bytes = bytes_per_row<P>(padded(columns)), sixteens = padded_rows(m) / kLanes;
-  for (int64_t s = sixteens * part / parts; s < sixteens * (part + 1) / parts; ++s) {
-    int64_t row = s * kLanes, block = row / kBlock * kBlock;
-    int64_t stride = width(m - block) * 4;
-    uint8_t* target = blocks + block * row_bytes + (row - block) * 4;
-    const uint8_t* from[kLanes];
-    float inverse[kLanes] = {};
-    for (int i = 0; i < kLanes; ++i) {
-      from[i] = row + i < m ? static_cast<const uint8_t*>(x) + (row + i) * columns * kBytes : nullptr;
-      float magnitude = P::kInteger && from[i] ? largest_magnitude<X>(from[i], columns) : 0.0f;
-      inverse[i] = magnitude > 0x1p-120f && magnitude < 0x1p127f ? 127.0f / magnitude : 0.0f;
-      scales[row + i] = magnitude / 127.0f;
-    }
-    for (int64_t c = 0; c < padded(columns); c += kChunk) {
-      __m512i r[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i)
-        r[i] = from[i] && c < columns ? P::dwords(X{}, from[i] + c * kBytes, columns - c, inverse[i]) : _mm512_setzero_si512();
-      transpose(r);
-      for (int i = 0; i < kLanes; ++i, target += stride)
-        _mm512_store_si512(target, r[i]);
-    }
-  }
-}
-
-// The next tile of the rows that a micro-kernel multiplies, spread while it does: multiply-adds leave the other units idle.
-template <class P>
-struct Ahead {
-  const PanelRow* rows;
+struct Spread {
+  const PanelRow* rows; // `panel_rows` of them in the panel, `known` at all
   int64_t* taken;
+  int64_t panel_rows, known, row, end, columns, first_word, words;
   uint8_t* tile;
-  int64_t n, columns; // rows, and columns of the whole weight
-  int64_t first_word, words;
-  int64_t row = 0, word = 0;
+  int64_t word = 0, begun = 0;
 
   inline void some(int count) {
-    for (int i = 0; i < count && row < n; ++i) {
-      uint8_t* target = tile + row * (P::kColumns / P::kPerDword * 4) + word * 64 / P::kPerDword * 4;
-      P::spread(rows[row].values, taken[row], word_bits(rows[row].bitmask, first_word + word, columns), target);
-      if (word == 0) {
-        for (int64_t piece = P::kPieceBytes; piece <= 2 * P::kPieceBytes; piece += 64)
-          prefetch(P::place(rows[row].values, taken[row]) + piece);
-        prefetch(rows[row].bitmask + (8 * first_word + P::kColumns / 8));
+    for (int i = 0; i < count && row < end; ++i) {
+      if (word == 0) begun = taken[row];
+      // Rows come one after another, but only their pieces in this tile: out of reach of the processor's own prefetching.
+      int64_t later = row + kRowsAhead;
+      bool wraps = later >= panel_rows && first_word + words < (columns + 63) / 64;
+      if (wraps) later -= panel_rows;
+      if (later < known) {
+        const uint8_t* from = P::place(rows[later].values, taken[later] + taken[row] - begun);
+        if (P::kWordBytes >= 64 || word % (64 / P::kWordBytes) == 0)
+          for (int b = 0; b < P::kWordBytes; b += 64)
+            prefetch(from + b);
+        if (word % 8 == 0) prefetch(rows[later].bitmask + 8 * ((later < panel_rows ? first_word + (wraps ? words : 0) : 0) + word));
       }
+      uint64_t bits = word_bits(rows[row].bitmask, first_word + word, columns);
+      P::spread(rows[row].values, taken[row], bits, tile + word * (64 / P::kPerDword / kLanes) * kChunkBytes);
       if (++word == words) {
         word = 0;
         ++row;
+        tile += 64;
       }
     }
   }
+  inline void all() { some(int(kStep * words)); }
 };
 
 // Sums of `Rows` rows of the tile by V registers of activations over `dwords` steps, added to what `sums` holds.
-template <class P, int V, int Rows>
-inline void micro(const uint8_t* tile, const uint8_t* x, int64_t dwords, float* sums, int64_t stride, const int32_t* start,
-                  const float* scale, Ahead<P>* ahead) {
-  constexpr int64_t kRowBytes = P::kColumns / P::kPerDword * 4;
+template <class P, int V, int Rows, bool kAhead>
+inline void micro(const uint8_t* tile, const uint8_t* x, int64_t dwords, float* sums, const int32_t* start, const float* scale,
+                  Spread<P>* ahead) {
   typename P::Sum sum[Rows][V];
   unrolled<Rows>([&](auto r) __attribute__((always_inline)) {
     unrolled<V>([&](auto v) __attribute__((always_inline)) {
-      const float* at = sums + r * stride + v * kLanes;
+      const float* at = sums + (r * V + v) * kLanes;
       if constexpr (P::kGroups)
         sum[r][v] = Int32x16(_mm512_set1_epi32(start[r]));
       else if constexpr (P::kInteger)
@@ -293,34 +187,24 @@ inline void micro(const uint8_t* tile, const uint8_t* x, int64_t dwords, float* 
         sum[r][v] = _mm512_load_ps(at);
     });
   });
-  auto step = [&](auto at) __attribute__((always_inline)) {
-    __m512i xs[V];
-    unrolled<V>([&](auto v) __attribute__((always_inline)) { xs[v] = _mm512_load_si512(x + 64 * (V * at + v)); });
-    unrolled<Rows>([&](auto r) __attribute__((always_inline)) {
-      int32_t dword;
-      memcpy(&dword, tile + r * kRowBytes + 4 * at, sizeof dword);
-      __m512i w = _mm512_set1_epi32(dword);
-      unrolled<V>([&](auto v) __attribute__((always_inline)) { sum[r][v] = P::multiply(sum[r][v], xs[v], w); });
+  for (int64_t k = 0; k < dwords; k += 8) { // a multiple of 16, as columns are of 64
+    unrolled<8>([&](auto at) __attribute__((always_inline)) {
+      __m512i xs[V];
+      unrolled<V>([&](auto v) __attribute__((always_inline)) { xs[v] = _mm512_load_si512(x + 64 * (V * at + v)); });
+      unrolled<Rows>([&](auto r) __attribute__((always_inline)) {
+        int32_t dword;
+        memcpy(&dword, tile + r * 64 + 4 * at, sizeof dword);
+        __m512i w = _mm512_set1_epi32(dword);
+        unrolled<V>([&](auto v) __attribute__((always_inline)) { sum[r][v] = P::multiply(sum[r][v], xs[v], w); });
+      });
     });
-  };
-  if (ahead) {
-    for (int64_t k = 0; k < dwords; k += 8) { // a multiple of 16, as columns are of 64
-      unrolled<8>(step);
-      tile += 4 * 8;
-      x += 64 * V * 8;
-      ahead->some(kWordsAhead);
-    }
-    ahead->some(kStep * P::kColumns / 64);
-  } else {
-    for (int64_t k = 0; k < dwords; ++k) {
-      step(std::integral_constant<int, 0>{});
-      tile += 4;
-      x += 64 * V;
-    }
+    tile += k % 16 == 0 ? 32 : kChunkBytes - 32;
+    x += 64 * V * 8;
+    if constexpr (kAhead) ahead->some((kStep * P::kPerDword * 8 + 63) / 64); // a tile's share of 8 dwords
   }
   unrolled<Rows>([&](auto r) __attribute__((always_inline)) {
     unrolled<V>([&](auto v) __attribute__((always_inline)) {
-      float* at = sums + r * stride + v * kLanes;
+      float* at = sums + (r * V + v) * kLanes;
       if constexpr (P::kGroups)
         _mm512_store_ps(at, _mm512_fmadd_ps(_mm512_cvtepi32_ps(__m512i(sum[r][v])), _mm512_set1_ps(scale[r]), _mm512_load_ps(at)));
       else if constexpr (P::kInteger)
@@ -331,165 +215,106 @@ inline void micro(const uint8_t* tile, const uint8_t* x, int64_t dwords, float* 
   });
 }
 
-// Sums (n, padded m) to y, transposed, with the rows' and activations' scales and the bias.
-template <class P>
-void finish(const PanelRow* rows, int64_t n, float* sums, int64_t m, const float* x_scales, const int32_t* row_sums, const Output& y,
-            int64_t first_row) {
-  int64_t stride = padded_rows(m);
-  const __m512i index =
-      _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(int(stride)));
-  for (int64_t r = 0; r < n; r += kLanes) {
-    auto lanes = __mmask16(first(n - r));
-    __m512 bias = _mm512_setzero_ps(), scale = _mm512_set1_ps(1.0f);
-    __m512i offset = _mm512_setzero_si512();
-    if (y.bias) {
-      auto from = static_cast<const uint8_t*>(y.bias) + (first_row + r) * (y.bias_dtype == SPARSE_ENGINE_FP32 ? 4 : 2);
-      bias = y.bias_dtype == SPARSE_ENGINE_BF16   ? load_fp32(Bf16{}, from, n - r)
-             : y.bias_dtype == SPARSE_ENGINE_FP16 ? load_fp32(Fp16{}, from, n - r)
-                                                  : load_fp32(Fp32{}, from, n - r);
-    }
-    if constexpr (P::kInteger && !P::kGroups) {
-      alignas(64) float row_scales[kLanes] = {};
-      for (int64_t i = r; i < n && i < r + kLanes; ++i)
-        row_scales[i - r] = P::scale(rows[i].scales, 0);
-      scale = _mm512_load_ps(row_scales);
-      offset = _mm512_maskz_loadu_epi32(lanes, row_sums + r);
-    }
-    for (int64_t j = 0; j < m; ++j) {
-      __m512i raw = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), lanes, index, sums + r * stride + j, 4);
-      __m512 v = __m512(raw);
-      if constexpr (P::kInteger) {
-        if constexpr (!P::kGroups) v = _mm512_cvtepi32_ps(_mm512_sub_epi32(raw, offset));
-        v = _mm512_mul_ps(v, _mm512_mul_ps(scale, _mm512_set1_ps(x_scales[j])));
-      }
-      v = _mm512_add_ps(v, bias);
-      int64_t at = j * y.stride + first_row + r;
-      switch (y.dtype) {
-      case SPARSE_ENGINE_BF16: {
-        // By hand: vcvtneps2bf16 would flush subnormals.
-        __m512i bits = _mm512_castps_si512(v);
-        __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-        __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-        rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
-        _mm512_mask_cvtepi32_storeu_epi16(static_cast<uint16_t*>(y.data) + at, lanes, rounded);
-        break;
-      }
-      case SPARSE_ENGINE_FP16:
-        _mm256_mask_storeu_epi16(static_cast<uint16_t*>(y.data) + at, lanes, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-        break;
-      default: _mm512_mask_storeu_ps(static_cast<float*>(y.data) + at, lanes, v);
-      }
-    }
-  }
-}
-
-// Scratch: sums (rows, padded m), then two tiles, the one in use and the next.
-inline int64_t sums_bytes(int64_t m) { return kPanelRows * padded_rows(m) * 4; }
-
-template <class P>
-constexpr int64_t kTileBytes = kPanelRows * (P::kColumns / P::kPerDword) * 4;
-
-template <class P>
-size_t scratch_bytes(int64_t m, int64_t) {
-  return size_t(sums_bytes(m) + 2 * kTileBytes<P>);
-}
-
-// One tile of `columns` columns by a block of activations; `ahead` says what to spread meanwhile, if anything.
+// Up to kStep rows of a tile by a block of activations; `ahead`, if anything, is spread meanwhile.
 template <class P, int V>
-void multiply_tile(const uint8_t* tile, const uint8_t* x, int64_t columns, int64_t n, float* sums, int64_t stride, const int32_t* start,
-                   const float* scale, const Ahead<P>* ahead) {
-  constexpr int64_t kRowBytes = P::kColumns / P::kPerDword * 4;
+void multiply_tile(const uint8_t* tile, const uint8_t* x, int64_t columns, int64_t n, float* sums, const int32_t* start, const float* scale,
+                   Spread<P>* ahead) {
   int64_t dwords = columns / P::kPerDword, r = 0;
-  auto part = [&](int64_t rows) {
-    Ahead<P> mine = *ahead;
-    mine.rows += r;
-    mine.taken += r;
-    mine.tile += r * kRowBytes;
-    mine.n = rows;
-    return mine;
-  };
-  for (; r + kStep <= n; r += kStep) {
-    if (ahead) {
-      Ahead<P> mine = part(kStep);
-      micro<P, V, kStep>(tile + r * kRowBytes, x, dwords, sums + r * stride, stride, start + r, scale + r, &mine);
-    } else {
-      micro<P, V, kStep>(tile + r * kRowBytes, x, dwords, sums + r * stride, stride, start + r, scale + r, static_cast<Ahead<P>*>(nullptr));
-    }
+  if (n == kStep) {
+    if (ahead)
+      micro<P, V, kStep, true>(tile, x, dwords, sums, start, scale, ahead);
+    else
+      micro<P, V, kStep, false>(tile, x, dwords, sums, start, scale, ahead);
+  } else {
+    for (; r + 4 <= n; r += 4)
+      micro<P, V, 4, false>(tile + r * 64, x, dwords, sums + r * V * kLanes, start + r, scale + r, ahead);
+    for (; r < n; ++r)
+      micro<P, V, 1, false>(tile + r * 64, x, dwords, sums + r * V * kLanes, start + r, scale + r, ahead);
   }
-  if (ahead && r < n) part(n - r).some(kStep * P::kColumns / 64);
-  for (; r + 4 <= n; r += 4)
-    micro<P, V, 4>(tile + r * kRowBytes, x, dwords, sums + r * stride, stride, start + r, scale + r, static_cast<Ahead<P>*>(nullptr));
-  for (; r < n; ++r)
-    micro<P, V, 1>(tile + r * kRowBytes, x, dwords, sums + r * stride, stride, start + r, scale + r, static_cast<Ahead<P>*>(nullptr));
 }
 
-constexpr int kRowsAhead = 8;
+template <class P>
+int64_t tile_bytes(int64_t m) {
+  return tile_columns<P>(m) / P::kPerDword / kLanes * kChunkBytes;
+}
+
+// Scratch: the sums, then two tiles, the one in use and the next.
+template <class P>
+size_t scratch_bytes(int64_t m) {
+  return size_t(sums_bytes(kPanelRows, m) + 2 * tile_bytes<P>(m));
+}
 
 template <class P>
-void panel(const PanelRow* rows, int64_t n, const void* packed, int64_t m, int64_t columns, const Output& y, int64_t first_row,
-           void* scratch) {
-  constexpr int64_t kRowBytes = P::kColumns / P::kPerDword * 4;
-  // Sums of integers need each row's sum of weights, which is taken from the spread tile.
-  constexpr bool kSpreadAhead = !P::kInteger;
+void panel(const PanelRow* rows, int64_t n, int64_t known, const void* packed, int64_t all, int64_t first, int64_t m, int64_t columns,
+           const Output& y, int64_t first_row, void* scratch) {
   auto sums = static_cast<float*>(scratch);
-  uint8_t* tile = static_cast<uint8_t*>(scratch) + sums_bytes(m);
-  uint8_t* next = tile + kTileBytes<P>;
-  auto blocks = static_cast<const uint8_t*>(packed) + header_bytes(m);
-  int64_t stride = padded_rows(m), row_bytes = bytes_per_row<P>(padded(columns));
-  int64_t taken[kPanelRows] = {};
-  int32_t row_sums[kPanelRows] = {}; // 128 times the sum of the weights: of the whole row, or for int4 the last group's, negated
-  float scale[kPanelRows] = {};
-  memset(sums, 0, size_t(n * stride * 4));
-  auto width_at = [&](int64_t c) { return padded(columns - c < P::kColumns ? columns - c : P::kColumns); };
-  for (int64_t c = 0; c < columns; c += P::kColumns) {
-    int64_t here = width_at(c);
-    for (int64_t r = 0; r < n && (c == 0 || !kSpreadAhead); ++r) {
-      __m512i sum = _mm512_setzero_si512();
-      if (c == 0 && r + kRowsAhead < n) {
-        for (int64_t ahead = 0; ahead <= P::kPieceBytes; ahead += 64)
-          prefetch(rows[r + kRowsAhead].values + ahead);
-        prefetch(rows[r + kRowsAhead].bitmask);
+  uint8_t* tile = static_cast<uint8_t*>(scratch) + sums_bytes(kPanelRows, m);
+  uint8_t* next = tile + tile_bytes<P>(m);
+  int64_t row_bytes = bytes_per_row<P>(padded(columns));
+  auto blocks = static_cast<const uint8_t*>(packed) + header_bytes(all) + first * row_bytes;
+  int64_t width_of_tile = tile_columns<P>(m);
+  int64_t taken[kPanelRows + kRowsBehind] = {};
+  // Columns that are summed in int32 before they meet a scale: of int4 a group, of which a tile has several.
+  constexpr int64_t kSpan = P::kGroups ? kScaleColumns : int64_t(1) << 60;
+  constexpr int kSpans = P::kGroups ? P::kColumns / kScaleColumns : 1;
+  // 128 times the sums of the weights, which came in with the activations' offset: of a tile's groups, negated, and of whole rows.
+  int32_t start[kSpans][kStep] = {}, row_sums[kPanelRows] = {};
+  float scale[kSpans][kStep] = {};
+  memset(sums, 0, size_t(sums_bytes(n, m)));
+  auto columns_at = [&](int64_t c) { return padded(columns - c < width_of_tile ? columns - c : width_of_tile); };
+  auto spread = [&](int64_t r, int64_t c, uint8_t* target) {
+    return Spread<P>{rows, taken, n, known, r, r + kStep < n ? r + kStep : n, columns, c / 64, columns_at(c) / 64, target};
+  };
+  for (int64_t c = 0; c < columns; c += width_of_tile) {
+    int64_t here = columns_at(c);
+    for (int64_t r = 0; r < n; r += kStep) {
+      int64_t some = r + kStep < n ? kStep : n - r;
+      if (c == 0 && r == 0) spread(r, c, tile).all();
+      if constexpr (P::kInteger) {
+        for (int64_t g = 0; g < here; g += kSpan)
+          for (int64_t i = 0; i < some; ++i) {
+            __m512i sum = _mm512_setzero_si512();
+            for (int64_t k = g / 64; k < here / 64 && k < (g + kSpan) / 64; ++k)
+              sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(char(0x80)), _mm512_load_si512(tile + k * kChunkBytes + i * 64));
+            if constexpr (P::kGroups) {
+              start[g / kSpan][i] = -_mm512_reduce_add_epi32(sum);
+              scale[g / kSpan][i] = P::scale(rows[r + i].scales, (c + g) / kScaleColumns);
+            } else {
+              row_sums[r + i] += _mm512_reduce_add_epi32(sum);
+            }
+          }
       }
-      // The row's next piece is wanted after a whole tile's work; it lies too far from its neighbours' for the hardware to foresee.
-      for (int64_t ahead = P::kPieceBytes; ahead <= 2 * P::kPieceBytes; ahead += 64)
-        prefetch(P::place(rows[r].values, taken[r]) + ahead);
-      prefetch(rows[r].bitmask + (c + P::kColumns) / 8);
-      for (int64_t k = 0; k < here; k += 64) {
-        uint8_t* target = tile + r * kRowBytes + k / P::kPerDword * 4;
-        P::spread(rows[r].values, taken[r], word_bits(rows[r].bitmask, (c + k) / 64, columns), target);
-        if constexpr (P::kInteger) sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(char(0x80)), _mm512_load_si512(target));
+      bool last = r + kStep >= n;
+      int64_t next_c = last ? c + width_of_tile : c;
+      bool more = next_c < columns;
+      Spread<P> following = spread(last ? 0 : r + kStep, more ? next_c : c, next);
+      for (int64_t row = 0; row < m; row += kBlock) {
+        const uint8_t* x = blocks + row * row_bytes + c / P::kPerDword * 4 * width(m - row);
+        Spread<P>* ahead = more && row == 0 ? &following : nullptr;
+        float* at = sums + row * n + r * width(m - row);
+        for (int64_t g = 0; g < here; g += kSpan) {
+          int64_t span = here - g < kSpan ? here - g : kSpan;
+          const uint8_t *w = tile + g / P::kPerDword / kLanes * kChunkBytes, *from = x + g / P::kPerDword * 4 * width(m - row);
+          if (width(m - row) == kBlock)
+            multiply_tile<P, 2>(w, from, span, some, at, start[g / kSpan], scale[g / kSpan], ahead);
+          else
+            multiply_tile<P, 1>(w, from, span, some, at, start[g / kSpan], scale[g / kSpan], ahead);
+        }
+        if (ahead) ahead->all();
       }
-      if constexpr (P::kGroups) {
-        row_sums[r] = -_mm512_reduce_add_epi32(sum);
-        scale[r] = P::scale(rows[r].scales, c / kScaleColumns);
-      } else if constexpr (P::kInteger) {
-        row_sums[r] += _mm512_reduce_add_epi32(sum);
-      }
-    }
-    Ahead<P> following{rows, taken, next, n, columns, (c + P::kColumns) / 64, 0};
-    bool more = kSpreadAhead && c + P::kColumns < columns;
-    if (more) following.words = width_at(c + P::kColumns) / 64;
-    for (int64_t row = 0; row < m; row += kBlock) {
-      const uint8_t* x = blocks + row * row_bytes + c / P::kPerDword * 4 * width(m - row);
-      const Ahead<P>* ahead = more && row == 0 ? &following : nullptr;
-      if (width(m - row) == kBlock)
-        multiply_tile<P, 2>(tile, x, here, n, sums + row, stride, row_sums, scale, ahead);
-      else
-        multiply_tile<P, 1>(tile, x, here, n, sums + row, stride, row_sums, scale, ahead);
-    }
-    if (kSpreadAhead) {
       uint8_t* done = tile;
       tile = next;
       next = done;
     }
   }
-  finish<P>(rows, n, sums, m, static_cast<const float*>(packed), row_sums, y, first_row);
+  finish<P>(rows, n, sums, first, m, static_cast<const float*>(packed), row_sums, y, first_row);
 }
 
 template <class P>
 PanelKernels kernels_for(int least_m, PanelProducts products) {
   PanelKernels set{};
   set.least_m = least_m;
+  set.rows = kPanelRows;
   set.activation_bytes = activation_bytes<P>;
   set.scratch_bytes = scratch_bytes<P>;
   set.pack[SPARSE_ENGINE_BF16] = pack<P, Bf16>;
@@ -503,6 +328,7 @@ PanelKernels kernels_for(int least_m, PanelProducts products) {
 
 void add_avx512_panels(ValueKernels (&values)[kValueTypes]) {
   values[SPARSE_ENGINE_BF16].panel = kernels_for<Bf16Panel>(17, panel<Bf16Panel>);
+  values[SPARSE_ENGINE_BF16].pairs = avx512_pairs();
   values[SPARSE_ENGINE_FP16].panel = kernels_for<Fp32Panel<Fp16>>(17, panel<Fp32Panel<Fp16>>);
   values[SPARSE_ENGINE_FP32].panel = kernels_for<Fp32Panel<Fp32>>(17, panel<Fp32Panel<Fp32>>);
   values[SPARSE_ENGINE_INT8].panel = kernels_for<Int8Panel>(17, panel<Int8Panel>);

@@ -301,10 +301,9 @@ private:
     return d_.packed;
   }
 
-  // The same for another product of an input that `last` has packed already: nothing to do for weights of one kind.
+  // The same for another product of an input that `last` has packed already: mostly nothing to do.
   const void* pack_again(const Product& product, const Product& last, const void* packed, const float* input) {
-    const Weight &w = product.linear.weight(), &before = last.linear.weight();
-    if (w.type == before.type && !w.bitmask == !before.bitmask) return packed;
+    if (product.linear.packs_like(last.linear, batch_)) return packed;
     if (!alone()) wait();
     return pack(product, input);
   }

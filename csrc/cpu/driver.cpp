@@ -29,6 +29,8 @@ constexpr int64_t kBytesPerThread = 32 << 10;
 constexpr int64_t kChunksPerThread = 4;
 // Rows of a panel come in multiples of this, the steps of its kernels.
 constexpr int64_t kPanelGranule = 24;
+// Rows that a panel has at least in a chunk: what it does once for all of them should not be felt.
+constexpr int64_t kPanelChunk = 192;
 // A panel sums int8 products of whole rows in int32: 127 · 127 times this stays below 2^31.
 constexpr int64_t kMostPanelColumns = 1 << 17;
 // Fewer activation rows than this are packed by the calling thread: a parallel region costs more.
@@ -72,26 +74,18 @@ int thread_number() {
 
 constexpr size_t aligned(size_t bytes) { return (bytes + size_t(kAlignment) - 1) / size_t(kAlignment) * size_t(kAlignment); }
 
-// Calls work(begin, end) for chunks that cover 0 .. rows - 1.
+// Calls work(begin, end) for chunks that cover 0 .. rows - 1, of at least `least` rows each where there is as much for every thread.
 template <class Work>
-void for_chunks(int64_t rows, int64_t granule, int threads, Work work) {
+void for_chunks(int64_t rows, int64_t granule, int threads, Work work, int64_t least = 1) {
   if (threads <= 1) {
     if (rows > 0) work(int64_t(0), rows);
     return;
   }
   int64_t granules = (rows + granule - 1) / granule;
-  int64_t chunks = std::min<int64_t>(granules, threads * kChunksPerThread);
+  int64_t chunks = std::min<int64_t>(granules, threads * std::clamp<int64_t>(rows / threads / least, 1, kChunksPerThread));
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
   for (int64_t i = 0; i < chunks; ++i)
     work(std::min(rows, granules * i / chunks * granule), std::min(rows, granules * (i + 1) / chunks * granule));
-}
-
-void store(float value, int32_t dtype, void* y, int64_t index) {
-  switch (dtype) {
-  case SPARSE_ENGINE_BF16: static_cast<uint16_t*>(y)[index] = Bf16::round(value); break;
-  case SPARSE_ENGINE_FP16: static_cast<uint16_t*>(y)[index] = Fp16::round(value); break;
-  default: static_cast<float*>(y)[index] = value;
-  }
 }
 
 float load(int32_t dtype, const void* p, int64_t index) {
@@ -100,6 +94,22 @@ float load(int32_t dtype, const void* p, int64_t index) {
   case SPARSE_ENGINE_BF16: return Bf16::load(bytes + 2 * index);
   case SPARSE_ENGINE_FP16: return Fp16::load(bytes + 2 * index);
   default: return Fp32::load(bytes + 4 * index);
+  }
+}
+
+template <class T>
+void store_as(const float* values, int64_t n, float bias, void* y, int64_t at, int64_t stride) {
+  for (int64_t j = 0; j < n; ++j)
+    static_cast<typename T::Storage*>(y)[at + j * stride] = T::round(values[j] + bias);
+}
+
+// One weight row's sums for n activation rows to y, the first of them at element `at`.
+void store_row(const float* values, int64_t n, const Output& y, int64_t at, int64_t row) {
+  float bias = y.bias ? load(y.bias_dtype, y.bias, row) : 0.0f;
+  switch (y.dtype) {
+  case SPARSE_ENGINE_BF16: return store_as<Bf16>(values, n, bias, y.data, at, y.stride);
+  case SPARSE_ENGINE_FP16: return store_as<Fp16>(values, n, bias, y.data, at, y.stride);
+  default: return store_as<Fp32>(values, n, bias, y.data, at, y.stride);
   }
 }
 
@@ -120,6 +130,7 @@ struct Linear::Groups {
 Linear::Linear(const KernelSet& set, const Weight& weight)
     : kernels_(set.values[weight.type]), w_(weight),
       half_(weight.bitmask && !weight.row_offsets && weight.group > 0 && 8 % weight.group == 0 && 2 * weight.row_values == weight.columns),
+      pairs_(half_ && weight.group <= 4 && weight.columns % 4 == 0),
       padded_columns_((weight.columns + kColumnPad - 1) / kColumnPad * kColumnPad), tail_row_(weight.rows) {
   if (!w_.bitmask) return;
   while (tail_row_ > 0 && (w_.values_count - w_.start(tail_row_)) * element_bytes(w_.type) < kOverread)
@@ -147,9 +158,9 @@ const uint8_t* Linear::values(int64_t row) const {
 }
 
 const PanelKernels* Linear::panel_for(int64_t m) const {
-  const PanelKernels& panel = kernels_.panel;
-  if (w_.type == SPARSE_ENGINE_INT8 && w_.columns > kMostPanelColumns) return nullptr;
-  return w_.bitmask && panel.products && m >= panel.least_m ? &panel : nullptr;
+  if (!w_.bitmask || (w_.type == SPARSE_ENGINE_INT8 && w_.columns > kMostPanelColumns)) return nullptr;
+  const PanelKernels& panel = pairs_ && kernels_.pairs.products ? kernels_.pairs : kernels_.panel;
+  return panel.products && m >= panel.least_m ? &panel : nullptr;
 }
 
 size_t Linear::activation_bytes(int64_t m) const {
@@ -159,10 +170,12 @@ size_t Linear::activation_bytes(int64_t m) const {
 
 size_t Linear::scratch_bytes(int64_t m) const {
   const PanelKernels* panel = panel_for(m);
-  return panel ? panel->scratch_bytes(m, w_.columns) : 0;
+  return panel ? panel->scratch_bytes(std::min(m, kPassActivations)) : 0;
 }
 
 int64_t Linear::granule(int64_t m) const { return panel_for(m) ? kPanelGranule : m == 1 ? kernels_.rows_one : kernels_.rows_many; }
+
+int64_t Linear::chunk_rows(int64_t m) const { return panel_for(m) ? kPanelChunk : 1; }
 
 void Linear::pack(const void* x, int32_t x_dtype, int64_t m, void* packed, int64_t part, int64_t parts) const {
   if (const PanelKernels* panel = panel_for(m)) return panel->pack[x_dtype](x, m, w_.columns, packed, part, parts);
@@ -172,6 +185,8 @@ void Linear::pack(const void* x, int32_t x_dtype, int64_t m, void* packed, int64
     kernels_.pack[x_dtype](static_cast<const uint8_t*>(x) + groups.first(g) * w_.columns * element_bytes(x_dtype), int(groups.size(g)),
                            w_.columns, padded_columns_, static_cast<uint8_t*>(packed) + groups.offset(g));
 }
+
+bool Linear::packs_like(const Linear& other, int64_t m) const { return w_.type == other.w_.type && panel_for(m) == other.panel_for(m); }
 
 Rows Linear::at(const int64_t* rows, int64_t n) const {
   Rows r{};
@@ -187,15 +202,17 @@ Rows Linear::at(const int64_t* rows, int64_t n) const {
 // stream, across row ends.
 void Linear::rows(const void* packed, int64_t m, int64_t begin, int64_t end, const Output& y, void* scratch) const {
   if (const PanelKernels* panel = panel_for(m)) {
-    for (int64_t first = begin; first < end; first += kPanelRows) {
-      PanelRow rows[kPanelRows];
-      int64_t n = std::min<int64_t>(kPanelRows, end - first);
-      for (int64_t i = 0; i < n; ++i) {
+    for (int64_t first = begin; first < end; first += panel->rows) {
+      PanelRow rows[kMostPanelRows + kRowsBehind];
+      int64_t n = std::min<int64_t>(panel->rows, end - first);
+      int64_t known = std::min<int64_t>(n + kRowsBehind, w_.rows - first);
+      for (int64_t i = 0; i < known; ++i) {
         int64_t row = first + i;
         Rows where = at(&row, 1);
         rows[i] = {where.values[0], where.bitmask[0], where.scales[0]};
       }
-      panel->products(rows, n, packed, m, w_.columns, y, first, scratch);
+      for (int64_t x = 0; x < m; x += kPassActivations)
+        panel->products(rows, n, known, packed, m, x, std::min(kPassActivations, m - x), w_.columns, y, first, scratch);
     }
     return;
   }
@@ -208,11 +225,8 @@ void Linear::rows(const void* packed, int64_t m, int64_t begin, int64_t end, con
       float out[kMaxRows * kMaxActivations];
       int64_t size = groups.size(g);
       kernels[size](where, static_cast<const uint8_t*>(packed) + groups.offset(g), w_.columns, out);
-      for (int64_t i = 0; i < n; ++i) {
-        float bias = y.bias ? load(y.bias_dtype, y.bias, rows[i]) : 0.0f;
-        for (int64_t j = 0; j < size; ++j)
-          store(out[i * size + j] + bias, y.dtype, y.data, (groups.first(g) + j) * y.stride + rows[i]);
-      }
+      for (int64_t i = 0; i < n; ++i)
+        store_row(out + i * size, size, y, groups.first(g) * y.stride + rows[i], rows[i]);
     }
   };
   int64_t width = granule(m), steps = (end - begin) / width;
@@ -244,9 +258,12 @@ int32_t linear(const KernelSet& set, const Weight& weight, int32_t x_dtype, cons
         product.pack(x, x_dtype, m, memory, part, used);
     });
   }
-  for_chunks(weight.rows, product.granule(m), used, [&](int64_t begin, int64_t end) {
-    product.rows(memory, m, begin, end, y, memory + x_bytes + tail_bytes + size_t(thread_number()) * scratch_bytes);
-  });
+  for_chunks(
+      weight.rows, product.granule(m), used,
+      [&](int64_t begin, int64_t end) {
+        product.rows(memory, m, begin, end, y, memory + x_bytes + tail_bytes + size_t(thread_number()) * scratch_bytes);
+      },
+      product.chunk_rows(m));
   return SPARSE_ENGINE_OK;
 }
 

@@ -89,8 +89,14 @@ public:
   // Rows per step; ranges that are multiples of it keep every step full.
   int64_t granule(int64_t m) const;
 
+  // Ranges should not be shorter than this.
+  int64_t chunk_rows(int64_t m) const;
+
   // x (m, columns) of type x_dtype, contiguous, into the kernels' layout: the part-th of `parts` shares of that work.
   void pack(const void* x, int32_t x_dtype, int64_t m, void* packed, int64_t part = 0, int64_t parts = 1) const;
+
+  // Whether m activation rows packed for `other`, a product of as many columns, are what this one reads.
+  bool packs_like(const Linear& other, int64_t m) const;
 
   // Weight rows [begin, end) by all m activation rows.
   void rows(const void* packed, int64_t m, int64_t begin, int64_t end, const Output& y, void* scratch) const;
@@ -108,7 +114,8 @@ private:
 
   const ValueKernels& kernels_;
   Weight w_;
-  bool half_; // every mask byte keeps 4 values
+  bool half_;  // every mask byte keeps 4 values
+  bool pairs_; // every run of 4 columns keeps 2
   int64_t padded_columns_;
   int64_t tail_row_; // first row of the copy
   const uint8_t* tail_ = nullptr;

@@ -54,7 +54,7 @@ struct Output {
   int32_t bias_dtype;
 };
 
-constexpr int kPanelRows = 192; // weight rows that one call for a panel takes at most
+constexpr int kMostPanelRows = 512; // weight rows that one call for a panel takes at most
 
 struct PanelRow {
   const uint8_t* values;
@@ -62,15 +62,23 @@ struct PanelRow {
   const uint8_t* scales;
 };
 
-// `n` packed weight rows, the first of them row `first_row` of y, by all m activation rows that pack wrote.
-using PanelProducts = void (*)(const PanelRow* rows, int64_t n, const void* packed, int64_t m, int64_t columns, const Output& y,
-                               int64_t first_row, void* scratch);
+// Activation rows that meet a panel's weights while these are in cache; more come in several passes.
+constexpr int64_t kPassActivations = 128;
+
+// A panel also gets the places of up to so many rows behind its own, to fetch them ahead.
+constexpr int kRowsBehind = 24;
+
+// `n` packed weight rows (of the `known` in `rows`), the first of them row `first_row` of y, by m (<= kPassActivations) of the `all`
+// activation rows that pack wrote, from row `first` (a multiple of kPassActivations) on.
+using PanelProducts = void (*)(const PanelRow* rows, int64_t n, int64_t known, const void* packed, int64_t all, int64_t first, int64_t m,
+                               int64_t columns, const Output& y, int64_t first_row, void* scratch);
 
 // Products of many activation rows, which are bound by multiply-adds: a level without a kernel for them has no `products`.
 struct PanelKernels {
   int64_t least_m; // activation rows from which this is the faster way
+  int64_t rows;    // weight rows of one call, at most kMostPanelRows
   size_t (*activation_bytes)(int64_t m, int64_t columns);
-  size_t (*scratch_bytes)(int64_t m, int64_t columns);
+  size_t (*scratch_bytes)(int64_t m); // of m <= kPassActivations
   // The part-th of `parts` shares of packing (m, columns) activations.
   void (*pack[kDtypes])(const void* x, int64_t m, int64_t columns, void* packed, int64_t part, int64_t parts);
   PanelProducts products;
@@ -89,6 +97,7 @@ struct ValueKernels {
   RowsByActivations dense_one[kMaxActivations + 1];
   ExpandRow expand[kDtypes]; // [type of out]; NULL where a type of weight cannot be expanded to it
   PanelKernels panel;
+  PanelKernels pairs; // of weights that keep 2 of every 4; without it, panel serves
 };
 
 struct KernelSet {
@@ -106,5 +115,6 @@ ValueKernels scalar_int8(), scalar_int4();
 ValueKernels avx2_int8(), avx2_int4();
 ValueKernels avx512_int8(), avx512_int4();
 void add_avx512_panels(ValueKernels (&values)[kValueTypes]);
+PanelKernels avx512_pairs();
 
 } // namespace sparse_engine
