@@ -7,19 +7,10 @@
 // expansion done from a register, because the masked memory forms are microcoded on some processors; the rows that the
 // driver passes may be over-read by one register.
 
-#include <immintrin.h>
-
-#include <utility>
-
-#include "kernels.h"
-#include "numeric.h"
-#include "sparse_engine.h"
+#include "avx512_common.h"
 
 namespace sparse_engine {
 namespace {
-
-// The compiler's popcount of a half-word may be a call without -mpopcnt; here it is one instruction.
-inline int count(uint64_t bits) { return int(_mm_popcnt_u64(bits)); }
 
 // The same where at most half of the mask's bits are set: a load of half a register crosses a cache line half as often.
 inline __m512i expand_half_words(const uint8_t* values, uint32_t mask) {
@@ -27,22 +18,6 @@ inline __m512i expand_half_words(const uint8_t* values, uint32_t mask) {
 }
 
 inline __m512i expand_words(const uint8_t* values, uint32_t mask) { return _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values)); }
-
-// Kept in a register: several rows use it, and as an operand in memory it would take a load slot for each of them.
-template <class Register>
-inline Register held(Register x) {
-  __asm__("" : "+v"(x));
-  return x;
-}
-
-inline __mmask32 first(int64_t n) { return n >= 32 ? 0xffffffffu : (1u << n) - 1; }
-
-// The first n (all of them from 16 on) of 16 elements as fp32, zeros behind; no byte of the others is touched.
-inline __m512 load_fp32(Bf16, const uint8_t* p, int64_t n) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16(first(n)), p)), 16));
-}
-inline __m512 load_fp32(Fp16, const uint8_t* p, int64_t n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16(first(n)), p)); }
-inline __m512 load_fp32(Fp32, const uint8_t* p, int64_t n) { return _mm512_maskz_loadu_ps(__mmask16(first(n)), p); }
 
 // Each type says how many columns one step takes, and how a step's weights meet the activations.
 struct Bf16Step : Bf16 {
@@ -52,7 +27,7 @@ struct Bf16Step : Bf16 {
   static inline Weights expand(const uint8_t* values, uint32_t mask) { return expand_words(values, mask); }
   static inline Weights expand_half(const uint8_t* values, uint32_t mask) { return expand_half_words(values, mask); }
   static inline Weights widen(const uint8_t* p) { return _mm512_loadu_si512(p); }
-  static inline Weights widen(const uint8_t* p, int64_t n) { return _mm512_maskz_loadu_epi16(first(n), p); }
+  static inline Weights widen(const uint8_t* p, int64_t n) { return _mm512_maskz_loadu_epi16(__mmask32(first(n)), p); }
   using Activations = __m512i;
   static inline Activations load(const uint8_t* x) { return held(_mm512_loadu_si512(x)); }
   static inline __m512 multiply(const Weights& w, const Activations& x, __m512 sum) {
@@ -78,7 +53,7 @@ struct Fp16Step : Fp16 {
   static inline Weights expand(const uint8_t* values, uint32_t mask) { return convert(expand_words(values, mask)); }
   static inline Weights expand_half(const uint8_t* values, uint32_t mask) { return convert(expand_half_words(values, mask)); }
   static inline Weights widen(const uint8_t* p) { return convert(_mm512_loadu_si512(p)); }
-  static inline Weights widen(const uint8_t* p, int64_t n) { return convert(_mm512_maskz_loadu_epi16(first(n), p)); }
+  static inline Weights widen(const uint8_t* p, int64_t n) { return convert(_mm512_maskz_loadu_epi16(__mmask32(first(n)), p)); }
   using Activations = Weights;
   static inline Activations load(const uint8_t* x) { return {held(_mm512_loadu_ps(x)), held(_mm512_loadu_ps(x + 64))}; }
   static inline __m512 multiply(const Weights& w, const Activations& x, __m512 sum) {
@@ -124,28 +99,6 @@ void pack_x(const void* x, int m, int64_t columns, int64_t padded_columns, void*
       // No lane is loaded when nothing is left, so the address past the row is never touched.
       T::pack(X{}, source + (i * columns + (left > 0 ? c : 0)) * kBytes, left < 0 ? 0 : left < T::kColumns ? left : T::kColumns, target);
     }
-}
-
-// Sums of the lanes of M <= 8 registers, side by side: halves, then quarters of all of them are added at once.
-template <int M>
-inline __m256 add_lanes(const __m512 (&sum)[M]) {
-  __m512 t[8];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i)
-    t[i] = i < M ? sum[i < M ? i : 0] : _mm512_setzero_ps();
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i)
-    t[i] = _mm512_add_ps(_mm512_unpacklo_ps(t[2 * i], t[2 * i + 1]), _mm512_unpackhi_ps(t[2 * i], t[2 * i + 1]));
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {
-    __m512d a = _mm512_castps_pd(t[2 * i]), b = _mm512_castps_pd(t[2 * i + 1]);
-    t[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-  }
-  // Each 128-bit lane of t[0] holds a quarter of the sums 0 .. 3, of t[1] of 4 .. 7.
-  __m512 four = _mm512_add_ps(_mm512_shuffle_f32x4(t[0], t[1], 0x88), _mm512_shuffle_f32x4(t[0], t[1], 0xdd));
-  __m512 swapped = _mm512_shuffle_f32x4(four, four, 0xb1);
-  __m512 sums = _mm512_add_ps(four, swapped);
-  return _mm512_castps512_ps256(_mm512_shuffle_f32x4(sums, sums, 0x08));
 }
 
 // Bytes ahead of its row's pointer that a prefetch touches. Rows of one stream lie end to end, so it runs on into the next.
@@ -203,19 +156,8 @@ struct Block {
     }
   }
 
-  inline void finish(float* out) const {
-    for (int r = 0; r < R; ++r) {
-      if constexpr (M > 2) {
-        _mm256_mask_storeu_ps(out + r * M, __mmask8((1 << M) - 1), add_lanes<M>(sum[r]));
-      } else {
-        for (int m = 0; m < M; ++m)
-          out[r * M + m] = _mm512_reduce_add_ps(sum[r][m]);
-      }
-    }
-  }
+  inline void finish(float* out) const { add_all<R, M>(sum, out); }
 };
-
-inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 
 template <class T, int M, int R, int... step>
 inline void half_word(Block<T, M, R>& block, const __mmask64 (&masks)[R], std::integer_sequence<int, step...>) {
@@ -293,7 +235,7 @@ void expand_to_half(const Rows& rows, int64_t columns, void* out) {
   for (int64_t c = 0; c < columns; c += 64) {
     uint64_t bits = word_bits(bitmask, c / 64, columns);
     for (int64_t h = c; h < columns && h < c + 64; h += 32, bits >>= 32) {
-      _mm512_mask_storeu_epi16(target + 2 * h, first(columns - h), expand_words(values, uint32_t(bits)));
+      _mm512_mask_storeu_epi16(target + 2 * h, __mmask32(first(columns - h)), expand_words(values, uint32_t(bits)));
       values += 2 * count(uint32_t(bits));
     }
   }

@@ -2,13 +2,7 @@
 // In an unnamed namespace for the reason given in kernels.h.
 #pragma once
 
-#include <immintrin.h>
-
-#include <utility>
-
-#include "kernels.h"
-#include "numeric.h"
-#include "sparse_engine.h"
+#include "avx512_common.h"
 
 namespace sparse_engine {
 namespace {
@@ -28,21 +22,9 @@ template <int N, class Body>
   each(body, std::make_integer_sequence<int, N>{});
 }
 
-inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
-
-inline int count(uint64_t bits) { return int(_mm_popcnt_u64(bits)); }
-
-inline uint64_t first(int64_t n) { return n >= 64 ? ~uint64_t(0) : n <= 0 ? 0 : (uint64_t(1) << n) - 1; }
-
 inline int64_t padded(int64_t columns) { return (columns + kColumnPad - 1) / kColumnPad * kColumnPad; }
 
 inline int64_t width(int64_t rows_left) { return rows_left > kLanes ? kBlock : kLanes; }
-
-inline __m512 load_fp32(Bf16, const uint8_t* p, int64_t n) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16(first(n)), p)), 16));
-}
-inline __m512 load_fp32(Fp16, const uint8_t* p, int64_t n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16(first(n)), p)); }
-inline __m512 load_fp32(Fp32, const uint8_t* p, int64_t n) { return _mm512_maskz_loadu_ps(__mmask16(first(n)), p); }
 
 void transpose(__m512i (&r)[kLanes]) {
   __m512i t[kLanes];

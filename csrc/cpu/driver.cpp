@@ -120,7 +120,7 @@ struct Linear::Groups {
   int64_t m, row_bytes, count;
 
   Groups(const Linear& linear, int64_t m)
-      : m(m), row_bytes(linear.padded_columns_ * linear.kernels_.x_bytes), count((m + linear.kernels_.max_m - 1) / linear.kernels_.max_m) {}
+      : m(m), row_bytes(linear.packed_row_bytes()), count((m + linear.kernels_.max_m - 1) / linear.kernels_.max_m) {}
 
   int64_t first(int64_t group) const { return m * group / count; }
   int64_t size(int64_t group) const { return first(group + 1) - first(group); }
@@ -155,6 +155,11 @@ const uint8_t* Linear::values(int64_t row) const {
   if (!w_.bitmask) return w_.values + row * w_.columns * element_bytes(w_.type);
   int64_t element = element_bytes(w_.type), start = w_.start(row) * element;
   return row >= tail_row_ ? tail_ + (start - w_.start(tail_row_) * element) : w_.values + start;
+}
+
+int64_t Linear::packed_row_bytes() const {
+  int64_t span = kernels_.start_columns, starts = span ? (padded_columns_ + span - 1) / span : 0;
+  return padded_columns_ * kernels_.x_bytes + starts * 64;
 }
 
 const PanelKernels* Linear::panel_for(int64_t m) const {

@@ -108,6 +108,7 @@ private:
   struct Groups;
 
   Rows at(const int64_t* rows, int64_t n) const;
+  int64_t packed_row_bytes() const; // of one activation row that is packed in a group
   const uint8_t* values(int64_t row) const;
 
   const PanelKernels* panel_for(int64_t m) const; // NULL: products of m activation rows go in groups

@@ -41,8 +41,9 @@ using RowsByActivations = void (*)(const Rows& rows, const void* x, int64_t colu
 // The first packed row of `rows`, scaled, to `columns` dense elements.
 using ExpandRow = void (*)(const Rows& rows, int64_t columns, void* out);
 
-// Activations (m, columns) of row stride `columns` to the level's own layout of kActivationHeader + m * padded_columns * x_bytes
-// bytes. For int8 and int4 weights they are quantised row by row: scale = max |x| / 127, rounded to nearest.
+// Activations (m, columns) of row stride `columns` to the level's own layout of kActivationHeader bytes and for each row
+// padded_columns * x_bytes, and 64 for every start_columns columns. For int8 and int4 weights they are quantised row by row: scale = max
+// |x| / 127, rounded to nearest.
 using PackActivations = void (*)(const void* x, int m, int64_t columns, int64_t padded_columns, void* packed);
 
 // Where a product's results go: y[j * stride + row] for activation row j and weight row `row`.
@@ -87,6 +88,7 @@ struct PanelKernels {
 // The kernels for weights of one type.
 struct ValueKernels {
   int x_bytes;                                       // bytes of one packed activation
+  int64_t start_columns;                             // packed activations also have 64 bytes a row for so many columns; 0: none
   int max_m;                                         // activations per call, >= 3; more are done in several calls over the same rows
   int rows_one;                                      // R of packed[.][1] and dense[1]
   int rows_many;                                     // R of packed[.][M] and dense[M] for M > 1
