@@ -142,23 +142,6 @@ __device__ __forceinline__ void mma_dense(float (&d)[4], u32 a0, u32 a1, u32 a2,
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// Bytes of {0, window} picked by the low 16 bits of `selectors`. __byte_perm would clear bits of the selectors first, at one
-// instruction each.
-__device__ __forceinline__ u32 permute(u32 window, u32 selectors) {
-  u32 v;
-  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(v) : "r"(window), "r"(selectors));
-  return v;
-}
-
-// Selectors for permute(window, .) that place a window's values at the kept columns of a pair, by the pair's two mask bits: the
-// values come from the window's front (low half-word first) or its back.
-__device__ __forceinline__ u32 front_selector(int bits) { return bits == 0 ? 0x4444 : bits == 1 ? 0x4410 : bits == 2 ? 0x1044 : 0x3210; }
-__device__ __forceinline__ u32 back_selector(int bits) { return bits == 0 ? 0x4444 : bits == 1 ? 0x4432 : bits == 2 ? 0x3244 : 0x3210; }
-
-// A table of 16 words spread over the lanes (lane l holds entry l % 16) and read by shuffle: any lane may look up any mask of four
-// columns, without bank conflicts and without clearing the index's upper bits.
-__device__ __forceinline__ u32 look_up(u32 entry, u32 index) { return __shfl_sync(0xffffffffu, entry, (int)index); }
-
 // Rows of x held per buffer: the real ones for one n-tile, whose other lanes read zeros; else all, the rest zeroed once.
 __device__ __forceinline__ int staged_rows(int m) { return N_TILES == 1 ? m : 8 * N_TILES; }
 

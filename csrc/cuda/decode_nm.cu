@@ -15,18 +15,11 @@
 #endif
 #include "decode_common.cuh"
 #include "expand.cuh"
+#if PATTERN == 24
+#include "mma_sparse.cuh"
+#endif
 
 #define CHAINS (ROW_TILES * N_TILES <= 2 ? 2 : 1)
-
-#if PATTERN == 24
-template <int SELECTOR>
-__device__ __forceinline__ void mma_sparse(float (&d)[4], const uint4& a, const u32 (&b)[4], u32 meta) {
-  asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col." MMA_TYPES
-               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(meta), "n"(SELECTOR));
-}
-#endif
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_nm(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) unsigned char smem[];

@@ -1,6 +1,23 @@
 // Expansion of packed values in registers: operand A of two m16n8k16 products from a lane's eight columns of rows g and g + 8.
-// Needs decode_common.cuh before it. A mask byte is four pairs of columns; a pair's two bits are its code, 0 .. 3.
+// Needs the type u32 before it. A mask byte is four pairs of columns; a pair's two bits are its code, 0 .. 3.
 #pragma once
+
+// Bytes of {0, window} picked by the low 16 bits of `selectors`. __byte_perm would clear bits of the selectors first, at one
+// instruction each.
+__device__ __forceinline__ u32 permute(u32 window, u32 selectors) {
+  u32 v;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(v) : "r"(window), "r"(selectors));
+  return v;
+}
+
+// Selectors for permute(window, .) that place a window's values at the kept columns of a pair, by the pair's two mask bits: the
+// values come from the window's front (low half-word first) or its back.
+__device__ __forceinline__ u32 front_selector(int bits) { return bits == 0 ? 0x4444 : bits == 1 ? 0x4410 : bits == 2 ? 0x1044 : 0x3210; }
+__device__ __forceinline__ u32 back_selector(int bits) { return bits == 0 ? 0x4444 : bits == 1 ? 0x4432 : bits == 2 ? 0x3244 : 0x3210; }
+
+// A table of 16 words spread over the lanes (lane l holds entry l % 16) and read by shuffle: any lane may look up any mask of four
+// columns, without bank conflicts and without clearing the index's upper bits.
+__device__ __forceinline__ u32 look_up(u32 entry, u32 index) { return __shfl_sync(0xffffffffu, entry, (int)index); }
 
 // Of four columns, selectors of pairs 0 and 1 by their codes, for values taken from the front of a window and from its back.
 struct Tables {
@@ -61,4 +78,23 @@ __device__ __forceinline__ void expand_step(const uint4& values, const u32 (&cod
   a[3] = permute(pick(values.z, values.w, after >> 16), s1 >> 16);
   a[5] = permute(pick(values.z, values.w, before >> 16), s2 >> 16);
   a[7] = permute(values.w, s3 >> 16);
+}
+
+__device__ __forceinline__ void exchange_across(u32& low, u32& high, int lanes, bool upper) {
+  const u32 other = __shfl_xor_sync(0xffffffffu, upper ? low : high, lanes);
+  low = upper ? other : low;
+  high = upper ? high : other;
+}
+
+// For activations whose columns lie in their own order: lane (g, t) has the column pairs 0 .. 3 of group t of a step, of rows g (a[0],
+// a[2], a[4], a[6]) and g + 8 (a[1], ...), and gets pair t of groups 0 .. 3 in their places.
+__device__ __forceinline__ void exchange_pairs(u32 (&a)[8]) {
+  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    exchange_across(a[row], a[row + 2], 1, odd);
+    exchange_across(a[row + 4], a[row + 6], 1, odd);
+    exchange_across(a[row], a[row + 4], 2, upper);
+    exchange_across(a[row + 2], a[row + 6], 2, upper);
+  }
 }

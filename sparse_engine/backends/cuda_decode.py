@@ -27,6 +27,7 @@ __all__ = [
     "fit",
     "fragment_linear_fake",
     "gpu",
+    "kernel_params",
     "macros_of",
     "run_decode",
 ]
@@ -175,6 +176,32 @@ class _Params(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "offsets", "x", "bias", "residual", "y")),
         *((name, ctypes.c_int) for name in ("m", "rows", "cols", "ldx", "units", "relu", "x_vector", "y_vector", "depth", "x_buffers")),
+    )
+
+
+def kernel_params(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor, units: int, relu: bool
+) -> ctypes.Structure:
+    """``Params`` of decode_common.cuh for a kernel that takes all of x (m, columns), 16-byte aligned rows, at once; y is (..., rows)."""
+    rows = y.shape[-1]
+    stored = (y.data_ptr(), *(t.data_ptr() for t in (bias, residual) if t is not None))
+    return _Params(
+        weight.data_ptr(),
+        None,
+        x.data_ptr(),
+        bias.data_ptr() if bias is not None else None,
+        residual.data_ptr() if residual is not None else None,
+        y.data_ptr(),
+        x.shape[0],
+        rows,
+        x.shape[1],
+        x.stride(0),
+        units,
+        int(relu),
+        1,
+        int(rows % 4 == 0 and all(at % 8 == 0 for at in stored)),
+        0,
+        0,
     )
 
 

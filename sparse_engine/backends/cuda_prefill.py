@@ -13,6 +13,7 @@ from functools import cache
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_engine import tuning
@@ -72,6 +73,14 @@ class Call:
         """x as (m, columns), columns contiguous."""
         flat = self.x.reshape(self.m, self.columns)
         return flat if flat.stride(1) == 1 else flat.contiguous()
+
+    def aligned(self) -> Tensor:
+        """x as (m, columns), columns contiguous and rows 16-byte aligned; a copy where it is not, padded with zeros to whole 16 bytes."""
+        flat, step = self.x.reshape(self.m, self.columns), 16 // self.x.element_size()
+        if self.columns % step:
+            return F.pad(flat, (0, -self.columns % step))
+        fits = flat.stride(1) == 1 and flat.stride(0) % step == 0 and flat.stride(0) >= self.columns and flat.data_ptr() % 16 == 0
+        return flat if fits else flat.clone(memory_format=torch.contiguous_format)
 
     def finish(self, y: Tensor) -> Tensor:
         """ReLU and residual on a product that is nobody else's, in place."""
