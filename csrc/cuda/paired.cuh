@@ -16,6 +16,9 @@
 //   offsets  [T * U + 1] where each unit starts, in 16 bytes
 #pragma once
 
+#ifndef SLOTS
+#define SLOTS STAGES // units that a warp has in shared memory or on their way
+#endif
 #define WORDS (4 / PARTS)
 #define MASK_BYTES (512 / PARTS)
 #define HEADER_BYTES (MASK_BYTES + 32)
@@ -190,16 +193,16 @@ __device__ __forceinline__ void for_each_step(Unit& u, u32 table, Multiply multi
 struct Slots {
   u32 slots, slot_bytes, barriers; // shared addresses of the warp's own
   u32 slot, parity;                // of the oldest unit
-  u32 depths[STAGES];              // of the units in the slots, oldest first
+  u32 depths[SLOTS];              // of the units in the slots, oldest first
   u32 from, to;                    // of the unit to be fetched next
 
   __device__ __forceinline__ void init(const Params& p, u32 all_slots, u32 all_barriers, int warp) {
     slot_bytes = SLOT_LEAD + HEADER_BYTES + (p.depth + 1) * 128;
-    slots = all_slots + warp * STAGES * slot_bytes + SLOT_LEAD;
-    barriers = all_barriers + warp * STAGES * 8;
+    slots = all_slots + warp * SLOTS * slot_bytes + SLOT_LEAD;
+    barriers = all_barriers + warp * SLOTS * 8;
     slot = parity = 0;
     if ((threadIdx.x & 31) == 0) {
-      for (int s = 0; s < STAGES; ++s)
+      for (int s = 0; s < SLOTS; ++s)
         barrier_init(barriers + 8 * s, COPY_ARRIVALS);
       barrier_init_fence();
     }
@@ -209,15 +212,15 @@ struct Slots {
   // Fetches the first units of `units`, and announces the one behind them. A sequence has `unit`, `any` and advance(p).
   template <typename Sequence>
   __device__ __forceinline__ void start(const Params& p, Sequence& units, u64 policy) {
-    u32 froms[STAGES], tos[STAGES];
+    u32 froms[SLOTS], tos[SLOTS];
 #pragma unroll
-    for (int s = 0; s < STAGES; ++s) {
+    for (int s = 0; s < SLOTS; ++s) {
       announce(p, units);
       froms[s] = from;
       tos[s] = to;
     }
 #pragma unroll
-    for (int s = 0; s < STAGES; ++s) {
+    for (int s = 0; s < SLOTS; ++s) {
       from = froms[s];
       to = tos[s];
       depths[s] = fetch(p, s, policy);
@@ -267,10 +270,10 @@ struct Slots {
     __syncwarp();
     const u32 depth = fetch(p, slot, policy);
 #pragma unroll
-    for (int s = 0; s + 1 < STAGES; ++s)
+    for (int s = 0; s + 1 < SLOTS; ++s)
       depths[s] = depths[s + 1];
-    depths[STAGES - 1] = depth;
-    if (++slot == STAGES) {
+    depths[SLOTS - 1] = depth;
+    if (++slot == SLOTS) {
       slot = 0;
       parity ^= 1;
     }

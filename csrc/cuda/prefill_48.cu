@@ -15,6 +15,8 @@ struct Weights {
   uint4 values[SETS];
   u32 positions[M_BLOCKS][4]; // a word for two steps
 
+  __device__ __forceinline__ Weights(const Params&, u32, int, int, int) {}
+
   static __device__ __forceinline__ void produce(const Params&, u32, u32, int, int) {}
 
   __device__ __forceinline__ void load_positions(int mb, int w, int ahead) {

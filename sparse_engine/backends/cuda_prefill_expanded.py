@@ -1,0 +1,111 @@
+"""4:8 and unstructured weights and many activation rows on Hopper: expanded in registers into dense wgmma, no dense copy in memory.
+
+The kernels are csrc/cuda/prefill_48.cu and prefill_unstructured.cu.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sparse_engine.backends.cuda_decode import UNIT, Gpu, gpu
+from sparse_engine.backends.cuda_prefill import Call, Compilations, register
+from sparse_engine.backends.cuda_prefill_wgmma import PrefillSource, PrefillTile, WgmmaForm, run_prefill
+from sparse_engine.backends.cuda_tiles import TYPICAL_DEPTH
+from sparse_engine.registry import Config
+
+_SLOTS = 2
+_TABLE_COPIES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSource(PrefillSource):
+    """Every consumer warp has slots for units of the layout, behind a table; see csrc/cuda/paired.cuh."""
+
+    parts: int = 1
+
+    def shared_bytes(self, tile: PrefillTile, depth: int = 0) -> int:
+        slots = 4 * tile.consumers * _SLOTS
+        frame = PrefillSource.shared_bytes(self, replace(tile, splits=1))
+        slot = 96 + 32 + 512 // self.parts + 128 * (depth + 1)
+        streams = -(-frame // 128) * 128 + 512 * 8 * _TABLE_COPIES + -(-8 * slots // 128) * 128 + slots * slot
+        return max(streams, PrefillSource.shared_bytes(self, tile))
+
+
+class ExpandedForm(WgmmaForm):
+    """Tensor cores are not twice as fast on these weights: a tile's time is that of its products, or of its shared memory."""
+
+    def clocks(self, tile: PrefillTile, rows: int, columns: int, m: int, here: Gpu) -> float:
+        tiles = -(-rows // (tile.rows * tile.cluster)) * tile.cluster * -(-m // tile.tokens) * tile.splits
+        resident = here.processors // (tile.cluster * tile.splits) * tile.cluster * tile.splits
+        step = max(tile.tokens * tile.rows / 64, 256.0)
+        store = tile.rows * tile.tokens / 12 * (2.5 if tile.splits > 1 else 1.0)
+        return -(-tiles // min(tiles, resident)) * (-(-columns // UNIT) * 8 / tile.splits * step + store + 1500)
+
+
+class NMForm(ExpandedForm):
+    name: ClassVar[str] = "prefill_48.cu"
+    patterns: ClassVar[frozenset[str]] = frozenset({"4:8"})
+    source: ClassVar[PrefillSource] = PrefillSource("prefill_48.cu", "prefill_48")
+    tiles: ClassVar[tuple[PrefillTile, ...]] = (
+        PrefillTile(32, 1, 2, 6, 2),
+        PrefillTile(32, 1, 2, 4, 2),
+        PrefillTile(32, 1, 2, 4, 1),
+        PrefillTile(32, 1, 2, 4, 4),
+        PrefillTile(24, 1, 2, 6, 2),
+        PrefillTile(16, 2, 2, 6, 2),
+        PrefillTile(16, 2, 2, 6, 1),
+        PrefillTile(16, 1, 2, 6, 2),
+        PrefillTile(16, 1, 2, 6, 1),
+        PrefillTile(16, 1, 2, 6, 1, 2),
+        PrefillTile(16, 1, 2, 6, 1, 4),
+        PrefillTile(32, 1, 2, 6, 1, 2),
+    )
+
+
+def _streams(parts: int) -> StreamSource:
+    macros = (("PARTS", parts), ("SLOTS", _SLOTS), ("TABLE_COPIES", _TABLE_COPIES))
+    return StreamSource("prefill_unstructured.cu", "prefill_unstructured", macros, parts)
+
+
+class UnstructuredForm(ExpandedForm):
+    name: ClassVar[str] = "prefill_unstructured.cu"
+    patterns: ClassVar[frozenset[str]] = frozenset({"unstructured"})
+    source: ClassVar[PrefillSource] = _streams(1)
+    sources: ClassVar[dict[int, StreamSource]] = {parts: _streams(parts) for parts in (1, 2)}
+    tiles: ClassVar[tuple[PrefillTile, ...]] = (
+        PrefillTile(32, 1, 2, 2, 2),
+        PrefillTile(32, 1, 2, 2, 1),
+        PrefillTile(24, 1, 2, 3, 2),
+        PrefillTile(24, 1, 2, 3, 1),
+        PrefillTile(16, 1, 2, 4, 2),
+        PrefillTile(16, 1, 2, 4, 1),
+        PrefillTile(16, 1, 2, 4, 1, 2),
+        PrefillTile(16, 1, 2, 4, 1, 4),
+    )
+
+    def configs(self, pattern: str, rows: int, columns: int, m: int, here: Gpu) -> Sequence[Config]:
+        found = super().configs(pattern, rows, columns, m, here)
+        return [config for config in found if self.source.fits(self.tile_of(config), here, TYPICAL_DEPTH)]
+
+    def compilations(self, pattern: str, dtype: torch.dtype, config: Config, here: Gpu) -> Compilations:
+        tile = self.tile_of(config)
+        return [(source.file, here.arch, source.all_macros(tile, dtype)) for source in self.sources.values()]
+
+    def run(self, call: Call, config: Config) -> Tensor:
+        assert call.streams is not None
+        source, tile, here = self.sources[call.streams.parts], self.tile_of(config), gpu(call.x.device.index)
+        # A weight with a dense block has deeper units than those that were measured.
+        while not source.fits(tile, here, call.streams.depth) and tile.stages > 2:
+            tile = replace(tile, stages=tile.stages - 1)
+        if not source.fits(tile, here, call.streams.depth):
+            tile = replace(tile, n_tiles=16)
+        return run_prefill(source, tile, call)
+
+
+register(NMForm())
+register(UnstructuredForm())
