@@ -193,7 +193,7 @@ __device__ __forceinline__ void for_each_step(Unit& u, u32 table, Multiply multi
 struct Slots {
   u32 slots, slot_bytes, barriers; // shared addresses of the warp's own
   u32 slot, parity;                // of the oldest unit
-  u32 depths[SLOTS];              // of the units in the slots, oldest first
+  u32 depths[SLOTS];               // of the units in the slots, oldest first
   u32 from, to;                    // of the unit to be fetched next
 
   __device__ __forceinline__ void init(const Params& p, u32 all_slots, u32 all_barriers, int warp) {

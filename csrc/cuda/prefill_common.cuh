@@ -20,11 +20,12 @@
 //        +-----------+-----------+              activation rows, so that those and some of W stay in L2
 //
 // A kernel is a struct of what its consumers do with W:
+//   Weights(p, smem, fragment, unit, rounds)   by a consumer warp, which has row tile `fragment` of 16 of every tile of the block, and of
+//                                              it `rounds` units of UNIT columns from `unit` on
 //   static void produce(p, stage, full, tile, step)   by the producer warp: copies of its own into the buffer behind x (WEIGHT_STAGE_BYTES)
-//   void start(p, tile, unit)                          by a consumer warp: row tile `tile` of 16 (of m64 block 0; 4 per further block),
-//   from
-//                                                      unit `unit` on, is next; may load ahead
-//   void multiply_all(d, p, buffers, rounds)           adds the products of `rounds` units of 256 columns
+//   void start(p, tile, unit)                  row tile `tile` (of m64 block 0; 4 per further block), from `unit` on, is next; may load
+//                                              ahead
+//   void multiply_all(d, p, buffers, rounds)   adds the products of `rounds` units
 #pragma once
 
 #include "element.cuh"
@@ -35,7 +36,9 @@
 #define WEIGHT_STAGE_BYTES 0
 #endif
 #define ELEMENT_KIND (ELEM_BF16 ? BF16 : F16)
+#ifndef UNIT
 #define UNIT 256
+#endif
 #define TILE_TOKENS (8 * N_TILES)
 #define TILE_ROWS (64 * M_BLOCKS * CONSUMERS)
 #define TILE_FRAGMENTS (TILE_ROWS / 16)
@@ -60,14 +63,19 @@ static_assert(TILE_TOKENS % CHUNK_TOKENS == 0 && TILE_TOKENS % (8 * CLUSTER) == 
 struct alignas(64) Params {
   u64 x[16];           // tensor map of x (m, cols): boxes of 64 columns by TILE_TOKENS / CLUSTER rows, 128-byte exchange pattern
   const uint4* weight; // the kernel's own layout
+  const u32* offsets;  // unstructured only, as is depth: see paired.cuh
   const u16* bias;     // (rows,) or null
   const u16* residual; // (m, rows) contiguous or null; added last
   u16* y;              // (m, rows) contiguous
   int m, rows;
   int units;    // ceil(cols / UNIT)
   int relu;     // clamp at 0 after the bias, before the residual
+  int depth;    // words of the deepest unit
   int y_vector; // y and residual are 16-byte aligned and rows is a multiple of 8
 };
+
+// All of a block's shared memory.
+extern __shared__ __align__(1024) unsigned char dynamic[];
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -401,11 +409,11 @@ __device__ __forceinline__ void produce(const Params& p, u32 smem, int begin, in
 }
 
 template <class Weights>
-__device__ __forceinline__ void consume(const Params& p, unsigned char* dynamic, int begin, int rounds) {
+__device__ __forceinline__ void consume(const Params& p, int begin, int rounds) {
   const u32 smem = shared_address(dynamic), warpgroup = threadIdx.x >> 7;
   const int above = warpgroup * (64 * M_BLOCKS), fragment = above / 16 + (threadIdx.x >> 5 & 3);
   Buffers buffers = {smem, 0, {0, 0}, false};
-  Weights weights;
+  Weights weights(p, smem, fragment, begin, rounds);
   Schedule tiles(p);
   if (!tiles.any()) return;
   int row, token;
@@ -440,7 +448,6 @@ __device__ __forceinline__ void consume(const Params& p, unsigned char* dynamic,
 
 template <class Weights>
 __device__ __forceinline__ void prefill(const Params& p) {
-  extern __shared__ __align__(1024) unsigned char dynamic[];
   const u32 smem = shared_address(dynamic);
   const int split = blockIdx.y;
   const int begin = (int)((long long)p.units * split / SPLITS), rounds = (int)((long long)p.units * (split + 1) / SPLITS) - begin;
@@ -466,7 +473,7 @@ __device__ __forceinline__ void prefill(const Params& p) {
 #endif
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
-    consume<Weights>(p, dynamic, begin, rounds);
+    consume<Weights>(p, begin, rounds);
   }
   // A block may not leave while others still copy into it, arrive at its barriers or read its sums.
 #if CLUSTER * SPLITS > 1

@@ -26,6 +26,8 @@ struct Weights {
   uint4 values[SETS];
   u32 positions[M_BLOCKS][4]; // a word for two steps
 
+  __device__ __forceinline__ Weights(const Params&, u32, int, int, int) {}
+
   static __device__ __forceinline__ void produce(const Params& p, u32 target, u32 barrier, int tile, int stage) {
 #if A_SHARED
     const int i = threadIdx.x & 31;

@@ -62,7 +62,8 @@ struct Weights {
   // Units come from tile to tile by themselves.
   __device__ __forceinline__ void start(const Params&, int, int) {}
 
-  __device__ __forceinline__ Weights(const Params& p, u32 smem, int fragment, int begin, int rounds) : sequence(p, fragment, begin, rounds) {
+  __device__ __forceinline__ Weights(const Params& p, u32 smem, int fragment, int begin, int rounds)
+      : sequence(p, fragment, begin, rounds) {
     const int warp = threadIdx.x >> 5;
     // Blocks of other activation rows read them again.
     asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));

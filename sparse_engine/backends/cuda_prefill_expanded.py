@@ -48,7 +48,7 @@ class ExpandedForm(WgmmaForm):
 
 
 class NMForm(ExpandedForm):
-    name: ClassVar[str] = "prefill_48.cu"
+    name: ClassVar[str] = "wgmma-4:8"
     patterns: ClassVar[frozenset[str]] = frozenset({"4:8"})
     source: ClassVar[PrefillSource] = PrefillSource("prefill_48.cu", "prefill_48")
     tiles: ClassVar[tuple[PrefillTile, ...]] = (
@@ -73,7 +73,7 @@ def _streams(parts: int) -> StreamSource:
 
 
 class UnstructuredForm(ExpandedForm):
-    name: ClassVar[str] = "prefill_unstructured.cu"
+    name: ClassVar[str] = "wgmma-unstructured"
     patterns: ClassVar[frozenset[str]] = frozenset({"unstructured"})
     source: ClassVar[PrefillSource] = _streams(1)
     sources: ClassVar[dict[int, StreamSource]] = {parts: _streams(parts) for parts in (1, 2)}

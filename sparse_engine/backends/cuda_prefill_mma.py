@@ -61,7 +61,7 @@ def _able(here: Gpu) -> list[MmaTile]:
 
 
 class MmaForm(Form):
-    name: ClassVar[str] = "prefill_mma.cu"
+    name: ClassVar[str] = "mma-sparse"
     patterns: ClassVar[frozenset[str]] = frozenset({"2:4"})
 
     def configs(self, pattern: str, rows: int, columns: int, m: int, here: Gpu) -> Sequence[Config]:
@@ -71,7 +71,7 @@ class MmaForm(Form):
         return [(self.name, *astuple(tile)) for tile in able]
 
     def compilations(self, pattern: str, dtype: torch.dtype, config: Config, here: Gpu) -> Compilations:
-        return [(self.name, here.arch, _tile(config).macros(dtype))]
+        return [("prefill_mma.cu", here.arch, _tile(config).macros(dtype))]
 
     def estimate_us(self, pattern: str, rows: int, columns: int, m: int, here: Gpu) -> float:
         # Sparse tensor cores are twice as fast; on Hopper mma.sync reaches little more than half of what wgmma does.
@@ -84,7 +84,7 @@ class MmaForm(Form):
         if y.numel() == 0:
             return y
         params = kernel_params(x, call.weight, call.bias, call.residual, y, -(-call.columns // UNIT), call.relu)
-        function = cuda.load(self.name, "prefill_mma", here.arch, tile.macros(call.x.dtype))
+        function = cuda.load("prefill_mma.cu", "prefill_mma", here.arch, tile.macros(call.x.dtype))
         blocks, threads = _blocks(tile, call.rows, call.m), 32 * tile.warps_row * tile.warps_n
         cuda.launch(function, (blocks, 1), threads, tile.shared_bytes, params, call.x.device.index, overlap=here.hopper)
         return y

@@ -82,17 +82,20 @@ class PrefillSource:
         """Of a buffer of 64 columns: what its weights take."""
         return tile.rows * _X_COLUMNS if tile.a_shared else 0
 
-    def shared_bytes(self, tile: PrefillTile) -> int:
-        """Shared memory of a block: buffers, a place to transpose sums in, barriers; the sums of splits reuse it."""
+    def shared_bytes(self, tile: PrefillTile, depth: int = 0) -> int:
+        """Shared memory of a block: buffers, a place to transpose sums in, barriers; the sums of splits reuse it.
+
+        ``depth`` is that of an unstructured weight, whose units take some more.
+        """
         buffers = tile.stages * (tile.tokens * _X_COLUMNS * 2 + self.weight_stage_bytes(tile))
         staging = tile.consumers * 2 * _CHUNK_TOKENS * 128
         sums = tile.tokens * (tile.rows + 4) * 4 if tile.splits > 1 else 0
         return max(buffers + staging + 16 * tile.stages, sums)
 
-    def fits(self, tile: PrefillTile, here: Gpu) -> bool:
+    def fits(self, tile: PrefillTile, here: Gpu, depth: int = 0) -> bool:
         """Whether ``tile`` has a form and its blocks have the shared memory that they need."""
         share = (here.shared_limit + 1024) // tile.min_blocks - 1024
-        return self.shared_bytes(tile) <= share and tile.tokens % (8 * tile.cluster) == 0 and tile.cluster * tile.splits <= 8
+        return self.shared_bytes(tile, depth) <= share and tile.tokens % (8 * tile.cluster) == 0 and tile.cluster * tile.splits <= 8
 
     def all_macros(self, tile: PrefillTile, element: torch.dtype) -> tuple[tuple[str, int], ...]:
         """What the source is compiled with."""
@@ -104,10 +107,8 @@ class _Params(ctypes.Structure):
 
     _fields_ = (
         ("x", cuda.TensorMap),
-        *((name, ctypes.c_void_p) for name in ("weight", "bias", "residual", "y")),
-        *((name, ctypes.c_int) for name in ("m", "rows", "units", "relu", "y_vector")),
-        # The structure's alignment is that of a tensor map, and so its size a multiple of 64.
-        ("padding", ctypes.c_int * 3),
+        *((name, ctypes.c_void_p) for name in ("weight", "offsets", "bias", "residual", "y")),
+        *((name, ctypes.c_int) for name in ("m", "rows", "units", "relu", "depth", "y_vector")),
     )
 
 
@@ -141,8 +142,11 @@ def run_prefill(source: PrefillSource, tile: PrefillTile, call: Call) -> Tensor:
         KernelUnavailableError: there is no such form, or it cannot be compiled or launched.
     """
     x, rows, residual, bias = call.x, call.rows, call.residual, call.bias
-    here, units = gpu(x.device.index), -(-call.columns // UNIT)
-    if here.arch != "sm_90a" or not source.fits(tile, here) or tile.splits > units:
+    offsets, depth, parts = None, 0, 1
+    if call.streams is not None:
+        offsets, depth, parts = call.streams.offsets.data_ptr(), call.streams.depth, call.streams.parts
+    here, units = gpu(x.device.index), -(-call.columns * parts // UNIT)
+    if here.arch != "sm_90a" or not source.fits(tile, here, depth) or tile.splits > units:
         raise KernelUnavailableError(f"{source.function} has no form for {tile} and {call.columns} columns on {here.name}")
     y = x.new_empty((*x.shape[:-1], rows))
     if y.numel() == 0:
@@ -152,6 +156,7 @@ def run_prefill(source: PrefillSource, tile: PrefillTile, call: Call) -> Tensor:
     params = _Params(
         cuda.tensor_map(flat, (tile.tokens // tile.cluster, _X_COLUMNS)),
         call.weight.data_ptr(),
+        offsets,
         bias.data_ptr() if bias is not None else None,
         residual.data_ptr() if residual is not None else None,
         y.data_ptr(),
@@ -159,12 +164,13 @@ def run_prefill(source: PrefillSource, tile: PrefillTile, call: Call) -> Tensor:
         rows,
         units,
         int(call.relu),
+        depth,
         int(rows % 8 == 0 and all(at % 16 == 0 for at in stored)),
     )
     function = _function(source, here.arch, x.dtype, tile)
     blocks = _grid(tile, rows, call.m, here.processors)
     cluster = (tile.cluster, tile.splits)
-    cuda.launch(function, blocks, tile.threads, source.shared_bytes(tile), params, x.device.index, cluster=cluster, overlap=True)
+    cuda.launch(function, blocks, tile.threads, source.shared_bytes(tile, depth), params, x.device.index, cluster=cluster, overlap=True)
     return y
 
 
