@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from sparse_engine.backends.cuda_decode import UNIT, Gpu, gpu
-from sparse_engine.backends.cuda_prefill import Call, Compilations, register
+from sparse_engine.backends.cuda_prefill import Call, Compilations
 from sparse_engine.backends.cuda_prefill_wgmma import PrefillSource, PrefillTile, WgmmaForm, run_prefill
 from sparse_engine.backends.cuda_tiles import TYPICAL_DEPTH
 from sparse_engine.registry import Config
+
+__all__ = ["NMForm", "UnstructuredForm"]
 
 _SLOTS = 2
 _TABLE_COPIES = 4
@@ -105,7 +107,3 @@ class UnstructuredForm(ExpandedForm):
         if not source.fits(tile, here, call.streams.depth):
             tile = replace(tile, n_tiles=16)
         return run_prefill(source, tile, call)
-
-
-register(NMForm())
-register(UnstructuredForm())

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from sparse_engine import cuda
 from sparse_engine.backends.cuda_decode import UNIT, Gpu, gpu, kernel_params
-from sparse_engine.backends.cuda_prefill import TENSOR_FLOPS_PER_US, Call, Compilations, Form, register
+from sparse_engine.backends.cuda_prefill import TENSOR_FLOPS_PER_US, Call, Compilations, Form
 from sparse_engine.errors import KernelUnavailableError
 from sparse_engine.registry import Config
 
-__all__ = ["MmaTile"]
+__all__ = ["MmaForm", "MmaTile"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +98,3 @@ def _tile(config: Config) -> MmaTile:
     if len(config) != len(MmaTile.__dataclass_fields__) + 1 or MmaTile(*config[1:]) not in _TILES:  # type: ignore[arg-type]
         raise KernelUnavailableError(f"{MmaForm.name} has no tile {list(config[1:])}")
     return MmaTile(*config[1:])  # type: ignore[arg-type]
-
-
-register(MmaForm())
