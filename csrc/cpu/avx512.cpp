@@ -156,7 +156,9 @@ struct Block {
     }
   }
 
-  inline void finish(float* out) const { add_all<R, M>(sum, out); }
+  inline void finish(float* out) const {
+    add_all<R, M>(sum, out, [](int) { return _mm256_set1_ps(1.0f); });
+  }
 };
 
 template <class T, int M, int R, int... step>

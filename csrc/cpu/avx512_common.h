@@ -56,17 +56,19 @@ inline __m256 add_lanes(const __m512* sum) {
   return _mm512_castps512_ps256(_mm512_shuffle_f32x4(sums, sums, 0x08));
 }
 
-// The sums of the lanes of each of R x M registers.
-template <int R, int M>
-inline void add_all(const __m512 (&sum)[R][M], float* out) {
+// The sums of the lanes of each of R x M registers to `out`, R runs of M, times what scale(run) says, or of M == 1
+// times scale(0) all. Whole registers are stored, each over what the one before left behind its own: masked stores would have the
+// loads that follow wait. `out` has room for kMaxRows * kMaxActivations.
+template <int R, int M, class Scale>
+inline void add_all(const __m512 (&sum)[R][M], float* out, Scale scale) {
   if constexpr (M == 1) {
     __m512 column[R];
     for (int r = 0; r < R; ++r)
       column[r] = sum[r][0];
-    _mm256_mask_storeu_ps(out, __mmask8((1 << R) - 1), add_lanes<R>(column));
+    _mm256_storeu_ps(out, _mm256_mul_ps(add_lanes<R>(column), scale(0)));
   } else {
     for (int r = 0; r < R; ++r)
-      _mm256_mask_storeu_ps(out + r * M, __mmask8((1 << M) - 1), add_lanes<M>(sum[r]));
+      _mm256_storeu_ps(out + r * M, _mm256_mul_ps(add_lanes<M>(sum[r]), scale(r)));
   }
 }
 

@@ -360,12 +360,14 @@ struct Block {
   }
 
   inline void finish(const float* x_scales, float* out) const {
-    add_all<R, M>(total, out);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      for (int m = 0; m < M; ++m)
-        out[r * M + m] *= x_scales[m] * (V::kGroups ? 1.0f : Fp32::load(rows.scales[r]));
-    }
+    auto row_scale = [&](int r) { return V::kGroups ? 1.0f : Fp32::load(rows.scales[r]); };
+    add_all<R, M>(total, out, [&](int r) {
+      if constexpr (M > 1) return _mm256_mul_ps(_mm256_loadu_ps(x_scales), _mm256_set1_ps(row_scale(r)));
+      float scale[4] = {};
+      for (int i = 0; i < R; ++i)
+        scale[i] = row_scale(i);
+      return _mm256_mul_ps(_mm256_set1_ps(x_scales[0]), _mm256_setr_ps(scale[0], scale[1], scale[2], scale[3], 0, 0, 0, 0));
+    });
   }
 };
 

@@ -97,19 +97,22 @@ float load(int32_t dtype, const void* p, int64_t index) {
   }
 }
 
+// Sums (n weight rows, m activation rows) to y, of activation rows from `first` on.
 template <class T>
-void store_as(const float* values, int64_t n, float bias, void* y, int64_t at, int64_t stride) {
-  for (int64_t j = 0; j < n; ++j)
-    static_cast<typename T::Storage*>(y)[at + j * stride] = T::round(values[j] + bias);
+void store_as(const float* sums, const int64_t* rows, int64_t n, int64_t first, int64_t m, const Output& y) {
+  auto target = static_cast<typename T::Storage*>(y.data) + first * y.stride;
+  for (int64_t i = 0; i < n; ++i) {
+    float bias = y.bias ? load(y.bias_dtype, y.bias, rows[i]) : 0.0f;
+    for (int64_t j = 0; j < m; ++j)
+      target[j * y.stride + rows[i]] = T::round(*sums++ + bias);
+  }
 }
 
-// One weight row's sums for n activation rows to y, the first of them at element `at`.
-void store_row(const float* values, int64_t n, const Output& y, int64_t at, int64_t row) {
-  float bias = y.bias ? load(y.bias_dtype, y.bias, row) : 0.0f;
+void store(const float* sums, const int64_t* rows, int64_t n, int64_t first, int64_t m, const Output& y) {
   switch (y.dtype) {
-  case SPARSE_ENGINE_BF16: return store_as<Bf16>(values, n, bias, y.data, at, y.stride);
-  case SPARSE_ENGINE_FP16: return store_as<Fp16>(values, n, bias, y.data, at, y.stride);
-  default: return store_as<Fp32>(values, n, bias, y.data, at, y.stride);
+  case SPARSE_ENGINE_BF16: return store_as<Bf16>(sums, rows, n, first, m, y);
+  case SPARSE_ENGINE_FP16: return store_as<Fp16>(sums, rows, n, first, m, y);
+  default: return store_as<Fp32>(sums, rows, n, first, m, y);
   }
 }
 
@@ -151,12 +154,6 @@ void Linear::place_tail(void* memory) {
   tail_ = target;
 }
 
-const uint8_t* Linear::values(int64_t row) const {
-  if (!w_.bitmask) return w_.values + row * w_.columns * element_bytes(w_.type);
-  int64_t element = element_bytes(w_.type), start = w_.start(row) * element;
-  return row >= tail_row_ ? tail_ + (start - w_.start(tail_row_) * element) : w_.values + start;
-}
-
 int64_t Linear::packed_row_bytes() const {
   int64_t span = kernels_.start_columns, starts = span ? (padded_columns_ + span - 1) / span : 0;
   return padded_columns_ * kernels_.x_bytes + starts * 64;
@@ -195,10 +192,17 @@ bool Linear::packs_like(const Linear& other, int64_t m) const { return w_.type =
 
 Rows Linear::at(const int64_t* rows, int64_t n) const {
   Rows r{};
+  int64_t element = element_bytes(w_.type), tail = w_.bitmask ? w_.start(tail_row_) * element : 0;
   for (int64_t i = 0; i < n; ++i) {
-    r.values[i] = values(rows[i]);
-    if (w_.bitmask) r.bitmask[i] = w_.bitmask + rows[i] * ((w_.columns + 7) / 8);
-    if (w_.quantised()) r.scales[i] = w_.scales + rows[i] * w_.row_scales();
+    int64_t row = rows[i];
+    if (w_.bitmask) {
+      int64_t start = w_.start(row) * element;
+      r.values[i] = row >= tail_row_ ? tail_ + (start - tail) : w_.values + start;
+      r.bitmask[i] = w_.bitmask + row * ((w_.columns + 7) / 8);
+    } else {
+      r.values[i] = w_.values + row * w_.columns * element;
+    }
+    if (w_.quantised()) r.scales[i] = w_.scales + row * w_.row_scales();
   }
   return r;
 }
@@ -230,8 +234,7 @@ void Linear::rows(const void* packed, int64_t m, int64_t begin, int64_t end, con
       float out[kMaxRows * kMaxActivations];
       int64_t size = groups.size(g);
       kernels[size](where, static_cast<const uint8_t*>(packed) + groups.offset(g), w_.columns, out);
-      for (int64_t i = 0; i < n; ++i)
-        store_row(out + i * size, size, y, groups.first(g) * y.stride + rows[i], rows[i]);
+      store(out, rows, n, groups.first(g), size, y);
     }
   };
   int64_t width = granule(m), steps = (end - begin) / width;
