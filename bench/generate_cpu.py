@@ -7,6 +7,9 @@ first token, ``ms_per_token`` that of each further one; medians over rounds in w
 work on a shared machine comes and goes. ``peak_bytes`` is what a generation takes beside the model. int8 and int4 rows multiply by an
 int8 copy of the output head. A row's ``floor_ms`` is the time of reading its weights, head and keys and values once at the bandwidth
 that a plain read of memory had in the same rounds.
+
+With ``--llama-bench PROGRAM`` llama.cpp has its turns too, with dense bf16 and Q8_0 weights of the same shape (``llama_cpp.py``): its
+own llama-bench measures a prompt, and steps behind one.
 """
 
 from __future__ import annotations
@@ -15,17 +18,20 @@ import argparse
 import os
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import torch
+from llama_cpp import LlamaCpp
 from transformers import GenerationConfig
 
 from sparse_engine import native
 from sparse_engine.bench.environment import device_name, environment, write_json
-from sparse_engine.bench.models import random_model
+from sparse_engine.bench.models import opt_config, random_model
 from sparse_engine.engine.generation import VARIABLE
 from sparse_engine.evaluate.resources import MemoryMeter
 from sparse_engine.linear import SparseLinear
@@ -74,6 +80,16 @@ class Case:
             raise RuntimeError(f"{self.engine} gave {tuple(output.shape)}")
         return seconds
 
+    def warm_up(self, ids: torch.Tensor, tokens: int) -> None:
+        self.generate(ids, 2)
+        meter = MemoryMeter(torch.device("cpu"))
+        self.generate(ids, tokens)
+        self.peak = meter.peak()["peak_host_nbytes"]
+
+    def turn(self, ids: torch.Tensor, tokens: int) -> None:
+        self.first.append(self.generate(ids, 1))
+        self.total.append(self.generate(ids, tokens))
+
     def bytes_per_token(self, batch: int, length: float) -> float:
         """Bytes that one step must read: weights and head once, and the keys and values of ``length`` tokens per row."""
         decoder = self.model.model.decoder
@@ -83,6 +99,25 @@ class Case:
         stored = head.numel() if self.values in ("int8", "int4") else head.nbytes
         cache = 2 * len(decoder.layers) * self.model.config.hidden_size * head.element_size() * length * batch
         return float(linears + stored + cache)
+
+
+@dataclass
+class LlamaCase(Case):
+    """llama.cpp, one sequence; ``model`` is its :class:`LlamaCpp`."""
+
+    config: Any = None
+
+    def warm_up(self, ids: torch.Tensor, tokens: int) -> None:
+        """Its program warms up by itself."""
+
+    def turn(self, ids: torch.Tensor, tokens: int) -> None:
+        threads, prompt = torch.get_num_threads(), ids.shape[1]
+        self.first.append(self.model.prompt_seconds(prompt, threads))
+        self.total.append(self.first[-1] + (tokens - 1) * self.model.token_seconds(prompt, tokens - 1, threads))
+
+    def bytes_per_token(self, batch: int, length: float) -> float:
+        # Keys and values are fp16 by default.
+        return float(self.model.nbytes + 2 * self.config.num_hidden_layers * self.config.hidden_size * 2 * length)
 
 
 def main() -> None:
@@ -95,14 +130,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--name", default="generate.json")
+    parser.add_argument("--llama-bench", type=Path, help="llama.cpp's program of that name, built for this processor")
     settings = parser.parse_args()
     rows: list[dict[str, Any]] = []
     file = (settings.out or Path("bench/results") / device_name()) / settings.name
-    for name in settings.models.split(","):
-        cases = [Case.make(name, case) for case in settings.cases.split(",")]
-        for batch in map(int, settings.batches.split(",")):
-            rows += measure(name, cases, batch, settings)
-        write_json(file, {"environment": environment(), "rows": rows})
+    described = environment()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in settings.models.split(","):
+            cases = [Case.make(name, case) for case in settings.cases.split(",")]
+            alone: list[Case] = []
+            for values in llama_cpp.VALUES if settings.llama_bench else ():
+                reference = LlamaCpp.make(settings.llama_bench, name, values, Path(folder))
+                described["llama_cpp"] = reference.build()
+                alone.append(LlamaCase("llama.cpp", "dense", values, reference, config=opt_config(name)))
+            for batch in map(int, settings.batches.split(",")):
+                rows += measure(name, cases + (alone if batch == 1 else []), batch, settings)
+            write_json(file, {"environment": described, "rows": rows})
 
 
 def measure(name: str, cases: list[Case], batch: int, settings: argparse.Namespace) -> list[dict[str, Any]]:
@@ -112,17 +155,13 @@ def measure(name: str, cases: list[Case], batch: int, settings: argparse.Namespa
     bandwidths = []
     for case in cases:
         case.first, case.total = [], []
-        case.generate(ids, 2)
-        meter = MemoryMeter(torch.device("cpu"))
-        case.generate(ids, settings.new)
-        case.peak = meter.peak()["peak_host_nbytes"]
+        case.warm_up(ids, settings.new)
     for _ in range(settings.rounds):
         started = time.perf_counter()
         native.read(memory, torch.get_num_threads())
         bandwidths.append(_READ_BYTES / (time.perf_counter() - started))
         for case in cases:
-            case.first.append(case.generate(ids, 1))
-            case.total.append(case.generate(ids, settings.new))
+            case.turn(ids, settings.new)
     bandwidth = statistics.median(bandwidths)
     rows = []
     for case in cases:

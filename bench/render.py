@@ -69,7 +69,12 @@ def summaries(content: dict[str, Any]) -> str:
     return table(header, body)
 
 
-_ENGINES = {"hf-eager": "transformers", "hf-static": "transformers, static cache, compiled", "sparse-engine": "engine"}
+_ENGINES = {
+    "hf-eager": "transformers",
+    "hf-static": "transformers, static cache, compiled",
+    "sparse-engine": "engine",
+    "llama.cpp": "llama.cpp",
+}
 
 
 def generation(content: dict[str, Any]) -> str:
