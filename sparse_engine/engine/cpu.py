@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_engine import native, value_types
+from sparse_engine import native, registry, value_types
 from sparse_engine.engine import native_step
 from sparse_engine.engine.choice import Choice
 from sparse_engine.engine.kernels import advance
@@ -82,7 +82,7 @@ def int8_head(weight: Tensor) -> dict[str, Tensor]:
 
 
 class _Product:
-    """y (T, out) = x (T, in) Wᵀ + b in x's type; a weight that is not dense and of that type is expanded some rows at a time."""
+    """y (T, out) = x (T, in) Wᵀ + b in x's type; a weight that is not of that type is expanded some rows at a time."""
 
     def __init__(self, module: Any, dtype: torch.dtype) -> None:
         self.rows, self.columns, self.dtype = module.out_features, module.in_features, dtype
@@ -94,6 +94,8 @@ class _Product:
         x = x.to(self.dtype)
         if self.weight is not None and self.weight.dtype is self.dtype:
             return F.linear(x, self.weight, self.bias)
+        if self.packed is not None and self.packed.tensors["values"].dtype is self.dtype is torch.bfloat16:
+            return registry.get("cpu").run(x, self.packed.tensors, self.bias, self.packed.pattern)
         step = max(1, min(self.rows, _TILE_BYTES // (self.dtype.itemsize * self.columns)))
         scratch = torch.empty(step, self.columns, dtype=self.dtype)
         parts = []
