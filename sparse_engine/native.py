@@ -33,9 +33,11 @@ __all__ = [
     "has_amx_bf16",
     "isa",
     "linear",
+    "memory_nodes",
     "read",
     "set_isa",
     "supported_isas",
+    "touch",
 ]
 
 LIBRARY_VARIABLE = "SPARSE_ENGINE_NATIVE_LIBRARY"
@@ -307,6 +309,20 @@ def expand_tile(
 def advise_huge_pages(data: Tensor) -> None:
     """Ask the system to put a tensor's memory on huge pages where it lies; a hint that never fails and changes no value."""
     _library().advise_huge_pages(data.data_ptr(), data.numel() * data.element_size())
+
+
+@cache
+def memory_nodes() -> int:
+    """Nodes that this machine's memory belongs to; 1 where the system does not say."""
+    return max(1, len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))))
+
+
+def touch(data: Tensor, threads: int) -> None:
+    """Read a byte of every page of a contiguous tensor, each thread in the share of it that it has in a product.
+
+    Pages that nobody has touched yet, such as those of a mapped file, come to that thread's memory node.
+    """
+    check(function("touch", _I32, [_POINTER, _I64, _I32])(data.data_ptr(), data.numel() * data.element_size(), threads))
 
 
 def read(data: Tensor, threads: int) -> int:

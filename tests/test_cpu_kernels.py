@@ -230,6 +230,51 @@ def test_zeros_and_extremes(dtype: torch.dtype, level: str) -> None:
         assert float(native_product(x, packed, None, 1)) == wanted
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 8, 40])
+def test_subnormals(m: int, dtype: torch.dtype, level: str) -> None:
+    """Weights and activations below the normal range: fp16 ones count in full, others may be taken for zero, and no sum goes astray."""
+    torch.manual_seed(0)
+    info = torch.finfo(dtype)
+    packed = pack("2:4", (30, 64), dtype)
+    packed.tensors["values"].mul_(info.tiny / 8)
+    for x in (torch.randn(m, 64).to(dtype), (torch.randn(m, 64) * info.tiny / 8).to(dtype)):
+        got, wanted = native_product(x, packed, None, 2).double(), expected(x, packed)
+        slack = info.tiny * info.eps if dtype is torch.float16 else 64 * 4 * info.tiny
+        assert float((got - wanted).abs().max()) <= slack
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
+@pytest.mark.parametrize("m", [1, 8, 40])
+def test_very_long_rows(pattern: str, m: int, level: str) -> None:
+    torch.manual_seed(0)
+    packed = pack(pattern, (2, 1 << 17), torch.bfloat16)
+    x = torch.randn(m, 1 << 17).to(torch.bfloat16)
+    assert_close(native_product(x, packed, None, 2), expected(x, packed), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
+def test_unaligned_arrays_and_any_number_of_threads(pattern: str, dtype: torch.dtype, level: str) -> None:
+    """Every array begins at an odd address but for its elements' own alignment, which torch cannot go below."""
+    torch.manual_seed(0)
+    packed = pack(pattern, (130, 200), dtype)
+
+    def moved(tensor: Tensor) -> Tensor:
+        place = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
+        return place.copy_(tensor)
+
+    arguments = [None if tensor is None else moved(tensor) for tensor in library_arguments(packed)]
+    bias = moved(torch.randn(130).to(dtype))
+    for m in (1, 5, 20, 45):
+        x, wanted = moved(torch.randn(m, 200).to(dtype)), None
+        for threads in (1, 2, 3, 8, 17):
+            out = moved(torch.full((m, 130), float("nan"), dtype=dtype))
+            native.linear(x, *arguments, bias, *nm(packed), out, threads)
+            wanted = expected(x, packed, bias) if wanted is None else wanted
+            assert_close(out, wanted, dtype)
+
+
 def test_sum_overflows_to_infinity(level: str) -> None:
     packed = pack("2:4", (1, 8), torch.float16)
     packed.tensors["values"].fill_(60000)

@@ -94,3 +94,27 @@ class TestLevels:
         for length in (0, 1, 7, 8, 9, 1000, 100_003):
             data = torch.arange(length)
             assert native.read(data, 2) == int(data.sum())
+
+    def test_touching_takes_any_size(self) -> None:
+        for length in (0, 1, 4096, 100_003):
+            data = torch.arange(length)
+            native.touch(data, 3)
+            assert torch.equal(data, torch.arange(length))
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="counts the threads in /proc")
+    def test_products_run_in_the_threads_that_torch_has(self) -> None:
+        result = run_python(
+            """
+import os, torch
+from sparse_engine import native
+torch.set_num_threads(2)
+x = torch.randn(64, 512)
+x @ x.T
+torch.randn(1 << 20).exp().sum()
+before = len(os.listdir("/proc/self/task"))
+native.dense_linear(x, torch.randn(512, 512), None, torch.empty(64, 512), 2)
+runtimes = {line.split()[-1] for line in open("/proc/self/maps") if "gomp" in line}
+print(len(os.listdir("/proc/self/task")) - before, len(runtimes))
+"""
+        )
+        assert result.stdout.split() == ["0", "1"]

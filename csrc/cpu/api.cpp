@@ -105,3 +105,9 @@ int32_t sparse_engine_read(const void* data, int64_t bytes, int32_t threads, uin
   *sum = read_bytes(data, bytes, threads);
   return SPARSE_ENGINE_OK;
 }
+
+int32_t sparse_engine_touch(const void* data, int64_t bytes, int32_t threads) {
+  if (bytes < 0 || (bytes > 0 && !data) || threads < 1) return SPARSE_ENGINE_BAD_ARGUMENT;
+  touch_bytes(data, bytes, threads);
+  return SPARSE_ENGINE_OK;
+}

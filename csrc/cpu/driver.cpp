@@ -27,6 +27,7 @@ namespace {
 constexpr int64_t kBytesPerThread = 32 << 10;
 // Chunks per thread, so that a thread that loses its core for a while holds the others up by one chunk only.
 constexpr int64_t kChunksPerThread = 4;
+constexpr int kMostThreads = 1024;
 // Rows of a panel come in multiples of this, the steps of its kernels.
 constexpr int64_t kPanelGranule = 24;
 // Rows that a panel has at least in a chunk: what it does once for all of them should not be felt.
@@ -56,7 +57,7 @@ thread_local Scratch scratch;
 
 int threads_for(int64_t bytes, int32_t threads) {
 #if defined(_OPENMP)
-  return int(std::clamp<int64_t>(bytes / kBytesPerThread, 1, threads));
+  return int(std::clamp<int64_t>(bytes / kBytesPerThread, 1, std::min(threads, kMostThreads)));
 #else
   (void)bytes;
   (void)threads;
@@ -75,17 +76,25 @@ int thread_number() {
 constexpr size_t aligned(size_t bytes) { return (bytes + size_t(kAlignment) - 1) / size_t(kAlignment) * size_t(kAlignment); }
 
 // Calls work(begin, end) for chunks that cover 0 .. rows - 1, of at least `least` rows each where there is as much for every thread.
+// A thread takes the chunks of its own share first, whose memory is near it where the shares were touched first by their threads
+// (touch_bytes), and then what is left of the others'.
 template <class Work>
 void for_chunks(int64_t rows, int64_t granule, int threads, Work work, int64_t least = 1) {
   if (threads <= 1) {
     if (rows > 0) work(int64_t(0), rows);
     return;
   }
-  int64_t granules = (rows + granule - 1) / granule;
-  int64_t chunks = std::min<int64_t>(granules, threads * std::clamp<int64_t>(rows / threads / least, 1, kChunksPerThread));
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int64_t i = 0; i < chunks; ++i)
-    work(std::min(rows, granules * i / chunks * granule), std::min(rows, granules * (i + 1) / chunks * granule));
+  int64_t chunks = std::clamp<int64_t>(rows / threads / least, 1, kChunksPerThread); // of a share
+  std::atomic<int32_t> taken[kMostThreads] = {};
+#pragma omp parallel num_threads(threads)
+  for (int i = 0, thread = thread_number(); i < threads; ++i) {
+    int owner = (thread + i) % threads;
+    Range run = share(rows, granule, owner, threads);
+    for (int64_t chunk; (chunk = taken[owner].fetch_add(1, std::memory_order_relaxed)) < chunks;) {
+      Range part = share(run.end - run.begin, granule, chunk, chunks);
+      if (part.begin < part.end) work(run.begin + part.begin, run.begin + part.end);
+    }
+  }
 }
 
 float load(int32_t dtype, const void* p, int64_t index) {
@@ -287,6 +296,17 @@ int32_t expand_tile(const KernelSet& set, const Weight& weight, int32_t out_dtyp
       product.expand(row_begin + i, out_dtype, static_cast<uint8_t*>(out) + i * row_bytes);
   });
   return SPARSE_ENGINE_OK;
+}
+
+void touch_bytes(const void* data, int64_t bytes, int32_t threads) {
+  constexpr int64_t kPage = 4096;
+  threads = std::min(threads, kMostThreads);
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
+  for (int32_t part = 0; part < threads; ++part) {
+    Range range = share(bytes, kPage, part, threads);
+    for (int64_t at = range.begin; at < range.end; at += kPage)
+      static_cast<void>(*(static_cast<const volatile uint8_t*>(data) + at));
+  }
 }
 
 uint64_t read_bytes(const void* data, int64_t bytes, int32_t threads) {

@@ -125,6 +125,7 @@ private:
 int32_t linear(const KernelSet& set, const Weight& weight, int32_t x_dtype, const void* x, int64_t m, const Output& y, int32_t threads);
 int32_t expand_tile(const KernelSet& set, const Weight& weight, int32_t out_dtype, int64_t row_begin, int64_t row_end, void* out,
                     int32_t threads);
+void touch_bytes(const void* data, int64_t bytes, int32_t threads);
 uint64_t read_bytes(const void* data, int64_t bytes, int32_t threads);
 
 } // namespace sparse_engine

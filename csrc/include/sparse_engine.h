@@ -131,6 +131,12 @@ SPARSE_ENGINE_API int32_t sparse_engine_read(const void* data, int64_t bytes, in
  *   bytes        its size */
 SPARSE_ENGINE_API void sparse_engine_advise_huge_pages(void* data, int64_t bytes);
 
+/* Read a byte of every page of an array, each of `threads` threads in its share of it: where memory belongs to nodes, pages that nobody
+ * has touched yet come to the node of the thread that a product will have read them.
+ *   data         the array
+ *   bytes        its size */
+SPARSE_ENGINE_API int32_t sparse_engine_touch(const void* data, int64_t bytes, int32_t threads);
+
 #ifdef __cplusplus
 }
 #endif

@@ -170,6 +170,8 @@ class CPUKernel(Kernel):
     def prepare(self, packed: PackedWeight) -> Layout:
         for tensor in packed.tensors.values():
             native.advise_huge_pages(tensor)
+            if native.memory_nodes() > 1:
+                native.touch(tensor, torch.get_num_threads())
         return packed.tensors
 
     def run(self, x: Tensor, layout: Layout, bias: Tensor | None, pattern: SparsityPattern) -> Tensor:
