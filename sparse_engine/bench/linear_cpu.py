@@ -251,7 +251,7 @@ def _row(sparse: Sparse, dense: Dense, dense_fp32: Dense, read: tuple[Product, i
     fp32 = dense_fp32.products(x.float())["torch"]
     products = {"sparse": sparse.product(x), **ways, "dense_fp32": fp32, "read": read[0]}
     few = m <= _MOST_OWN_ROWS
-    times = take_turns(products, seconds, least=15 if few else 5, warm=few)
+    times = take_turns(products, seconds, least=15 if few else 5)
     us = statistics.median(times["sparse"])
     bandwidth = read[1] / statistics.median(times["read"]) / 1e3
     best = min(ways, key=lambda name: statistics.median(times[name]))
