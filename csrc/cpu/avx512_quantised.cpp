@@ -279,7 +279,7 @@ struct Block {
   inline void pairs(int64_t begin, int64_t end) {
     alignas(64) float scales[R][kScales];
     for (int64_t i = begin; i < end;) {
-      int64_t until = end - i < kScales ? end : i + kScales;
+      int64_t until = V::kGroups && end - i > kScales ? i + kScales : end;
       if constexpr (V::kGroups) {
         for (int r = 0; r < R; ++r)
           _mm512_store_ps(scales[r], V::scales(rows.scales[r], i, end - i));
@@ -309,10 +309,10 @@ struct Block {
           Pair p[R];
 #pragma GCC unroll 4
           for (int r = 0; r < R; ++r) {
+            source[r].ahead();
             if constexpr (kind == Kind::kDense) {
               p[r] = source[r].dense();
             } else {
-              source[r].ahead();
               const uint8_t* bitmask = rows.bitmask[r] + 16 * (i + at);
               p[r] = source[r].any(load_bits(bitmask), load_bits(bitmask + 8));
             }
