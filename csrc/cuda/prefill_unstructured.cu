@@ -13,6 +13,7 @@
 #include "prefill_common.cuh"
 #include "expand.cuh"
 #include "paired.cuh"
+#include "prefill_units.cuh"
 
 #if M_BLOCKS != 1
 #error "a warp of prefill_unstructured expands one row tile"
@@ -20,36 +21,6 @@
 #define TABLE_AT ((BARRIERS_AT + 16 * STAGES + 127) / 128 * 128)
 #define SLOT_BARRIERS_AT (TABLE_AT + TABLE_BYTES)
 #define SLOTS_AT (SLOT_BARRIERS_AT + (8 * WARPS_ROW * SLOTS + 127) / 128 * 128)
-
-// The units of one warp, tile after tile.
-struct Sequence {
-  Schedule tiles;
-  size_t unit;
-  int fragment, begin, rounds, left;
-  bool any;
-
-  __device__ __forceinline__ Sequence(const Params& p, int fragment, int begin, int rounds)
-      : tiles(p), fragment(fragment), begin(begin), rounds(rounds) {
-    enter(p);
-  }
-
-  __device__ __forceinline__ void enter(const Params& p) {
-    any = tiles.any();
-    if (!any) return;
-    int row, token;
-    tiles.place(row, token);
-    // Tiles behind the last row read the last tile again; their sums are not stored.
-    unit = (size_t)min(row / 16 + fragment, (p.rows + 15) / 16 - 1) * p.units + begin;
-    left = rounds;
-  }
-
-  __device__ __forceinline__ void advance(const Params& p) {
-    ++unit;
-    if (--left != 0) return;
-    tiles.advance();
-    enter(p);
-  }
-};
 
 struct Weights {
   u32 table;
@@ -63,10 +34,8 @@ struct Weights {
   __device__ __forceinline__ void start(const Params&, int, int) {}
 
   __device__ __forceinline__ Weights(const Params& p, u32 smem, int fragment, int begin, int rounds)
-      : sequence(p, fragment, begin, rounds) {
+      : policy(shared_weight_policy()), sequence(p, fragment, begin, rounds) {
     const int warp = threadIdx.x >> 5;
-    // Blocks of other activation rows read them again.
-    asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
     table = smem + TABLE_AT + (threadIdx.x & 31) % TABLE_COPIES * 8;
     slots.init(p, smem + SLOTS_AT, smem + SLOT_BARRIERS_AT, warp);
     slots.start(p, sequence, policy);

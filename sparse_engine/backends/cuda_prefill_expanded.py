@@ -25,17 +25,34 @@ _TABLE_COPIES = 4
 
 
 @dataclass(frozen=True, slots=True)
-class StreamSource(PrefillSource):
-    """Every consumer warp has slots for units of the layout, behind a table; see csrc/cuda/paired.cuh."""
+class UnitSource(PrefillSource):
+    """Every consumer warp has slots for units of its row tile, behind the frame's shared memory."""
 
-    parts: int = 1
+    def unit_bytes(self, depth: int) -> int:
+        """Of a slot."""
+        return 9 * 512
+
+    def table_bytes(self) -> int:
+        return 0
 
     def shared_bytes(self, tile: PrefillTile, depth: int = 0) -> int:
         slots = 4 * tile.consumers * _SLOTS
         frame = PrefillSource.shared_bytes(self, replace(tile, splits=1))
-        slot = 96 + 32 + 512 // self.parts + 128 * (depth + 1)
-        streams = -(-frame // 128) * 128 + 512 * 8 * _TABLE_COPIES + -(-8 * slots // 128) * 128 + slots * slot
-        return max(streams, PrefillSource.shared_bytes(self, tile))
+        units = -(-frame // 128) * 128 + self.table_bytes() + -(-8 * slots // 128) * 128 + slots * self.unit_bytes(depth)
+        return max(units, PrefillSource.shared_bytes(self, tile))
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSource(UnitSource):
+    """Units of an unstructured weight differ in size and need a table; see csrc/cuda/paired.cuh."""
+
+    parts: int = 1
+
+    def unit_bytes(self, depth: int) -> int:
+        return 96 + 32 + 512 // self.parts + 128 * (depth + 1)
+
+    def table_bytes(self) -> int:
+        return 512 * 8 * _TABLE_COPIES
 
 
 class ExpandedForm(WgmmaForm):
@@ -52,20 +69,20 @@ class ExpandedForm(WgmmaForm):
 class NMForm(ExpandedForm):
     name: ClassVar[str] = "wgmma-4:8"
     patterns: ClassVar[frozenset[str]] = frozenset({"4:8"})
-    source: ClassVar[PrefillSource] = PrefillSource("prefill_48.cu", "prefill_48")
+    source: ClassVar[PrefillSource] = UnitSource("prefill_48.cu", "prefill_48", (("SLOTS", _SLOTS),))
     tiles: ClassVar[tuple[PrefillTile, ...]] = (
-        PrefillTile(32, 1, 2, 6, 2),
         PrefillTile(32, 1, 2, 4, 2),
         PrefillTile(32, 1, 2, 4, 1),
-        PrefillTile(32, 1, 2, 4, 4),
-        PrefillTile(24, 1, 2, 6, 2),
-        PrefillTile(16, 2, 2, 6, 2),
-        PrefillTile(16, 2, 2, 6, 1),
+        PrefillTile(24, 1, 2, 5, 2),
+        PrefillTile(20, 1, 3, 4, 2),
+        PrefillTile(20, 1, 3, 4, 1),
+        PrefillTile(16, 1, 3, 5, 2),
+        PrefillTile(16, 1, 3, 5, 1),
         PrefillTile(16, 1, 2, 6, 2),
         PrefillTile(16, 1, 2, 6, 1),
         PrefillTile(16, 1, 2, 6, 1, 2),
         PrefillTile(16, 1, 2, 6, 1, 4),
-        PrefillTile(32, 1, 2, 6, 1, 2),
+        PrefillTile(32, 1, 2, 4, 1, 2),
     )
 
 
