@@ -4,6 +4,7 @@
 // `weight` is the layout of decode_nm.cu: lane (g, t) has columns 8t .. 8t + 7 of a step of 32, one group of eight, of rows g and g + 8.
 // Operand A takes a pair of columns from each group instead, so the four lanes of a quad exchange pairs after expanding. A step costs a
 // warp about 80 instructions, 8 of them shuffles, while the tensor cores take 256 clocks for its products with 256 activation rows.
+//   BATCH   steps whose products go to the tensor cores together, 1 or 2
 //   SLOTS   units of its row tile that a warp has in shared memory, behind the frame's, or on their way
 #include "prefill_common.cuh"
 #include "expand.cuh"
@@ -51,7 +52,7 @@ struct Weights {
   }
 
   __device__ __forceinline__ void multiply_all(float (&d)[M_BLOCKS][N_TILES][4], const Params& p, Buffers& x, int rounds) {
-    u32 a[2][8], codes[4], buffer = 0;
+    u32 a[2][BATCH][8], codes[4], buffer = 0;
     int left = rounds;
     do {
       const u32 unit = slots + slot * UNIT_BYTES + (threadIdx.x & 31) * 16;
@@ -60,22 +61,30 @@ struct Weights {
       load_shared_x4(unit, positions);
       load_shared_x4(unit + 512, values[0]);
 #pragma unroll
-      for (int s = 0; s < 8; ++s) {
-        if (s + 1 < 8) load_shared_x4(unit + (s + 2) * 512, values[(s + 1) % 2]);
-        const u32(&v)[4] = values[s % 2];
+      for (int batch = 0; batch < 8 / BATCH; ++batch) {
+        u32(&now)[BATCH][8] = a[batch % 2];
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
-          codes[j] = s % 2 == 0 ? code_selectors(positions[s / 2], j) : codes[j] >> 16;
-        u32(&now)[8] = a[s % 2];
-        expand_step(make_uint4(v[0], v[1], v[2], v[3]), codes, now);
-        exchange_pairs(now);
-        if (s % 2 == 0) buffer = x.open();
-        const u32 b = buffer + s % 2 * 64;
+        for (int i = 0; i < BATCH; ++i) {
+          const int s = batch * BATCH + i;
+          if (s + 1 < 8) load_shared_x4(unit + (s + 2) * 512, values[(s + 1) % 2]);
+          const u32(&v)[4] = values[s % 2];
+#pragma unroll
+          for (int j = 0; j < 4; ++j)
+            codes[j] = s % 2 == 0 ? code_selectors(positions[s / 2], j) : codes[j] >> 16;
+          expand_step(make_uint4(v[0], v[1], v[2], v[3]), codes, now[i]);
+          exchange_pairs(now[i]);
+        }
+        const bool first = batch * BATCH % 2 == 0, last = (batch + 1) * BATCH % 2 == 0;
+        if (first) buffer = x.open();
         fence_registers();
-        wgmma_dense(d[0], now[0], now[1], now[2], now[3], describe(b));
-        wgmma_dense(d[0], now[4], now[5], now[6], now[7], describe(b + 32));
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+          const u32 b = buffer + (batch * BATCH + i) % 2 * 64;
+          wgmma_dense(d[0], now[i][0], now[i][1], now[i][2], now[i][3], describe(b));
+          wgmma_dense(d[0], now[i][4], now[i][5], now[i][6], now[i][7], describe(b + 32));
+        }
         commit_products();
-        x.close(s % 2 == 0, s % 2 == 1);
+        x.close(first, last);
       }
       __syncwarp();
       if (sequence.any) {

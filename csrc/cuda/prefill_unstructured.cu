@@ -5,6 +5,7 @@
 // stop, and looks their values up in shared memory behind the frame's. The four lanes of a quad exchange pairs after expanding, since
 // operand A takes a pair of columns from each of a step's groups of eight.
 //   PARTS        units are 256 / PARTS columns
+//   BATCH        steps whose products go to the tensor cores together, 1 or 2
 //   SLOTS        units that a warp has in shared memory or on their way
 #define UNIT (256 / PARTS)
 #define WARPS_ROW (4 * CONSUMERS)
@@ -46,16 +47,26 @@ struct Weights {
     do {
       Unit unit;
       slots.open(unit);
-      u32 buffer = 0;
+      u32 buffer = 0, held[2][BATCH][8];
       for_each_step(unit, table, [&](int s, u32(&a)[8]) {
-        exchange_pairs(a);
-        if (s % 2 == 0) buffer = x.open();
-        const u32 b = buffer + s % 2 * 64;
+        u32(&batch)[BATCH][8] = held[s / BATCH % 2];
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+          batch[s % BATCH][i] = a[i];
+        exchange_pairs(batch[s % BATCH]);
+        if (s % BATCH != BATCH - 1) return;
+        const bool first = s / BATCH * BATCH % 2 == 0, last = s % 2 == 1;
+        if (first) buffer = x.open();
         fence_registers();
-        wgmma_dense(d[0], a[0], a[1], a[2], a[3], describe(b));
-        wgmma_dense(d[0], a[4], a[5], a[6], a[7], describe(b + 32));
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+          const u32 b = buffer + (s - BATCH + 1 + i) % 2 * 64;
+          const u32(&now)[8] = batch[i];
+          wgmma_dense(d[0], now[0], now[1], now[2], now[3], describe(b));
+          wgmma_dense(d[0], now[4], now[5], now[6], now[7], describe(b + 32));
+        }
         commit_products();
-        x.close(s % 2 == 0, s % 2 == 1);
+        x.close(first, last);
       });
       slots.close(p, sequence, policy);
     } while (--left != 0);

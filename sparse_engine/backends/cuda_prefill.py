@@ -41,7 +41,7 @@ __all__ = [
 
 FEWEST_ROWS = 129
 """Activation rows from which forms are asked; fewer are one launch of a decode kernel."""
-TENSOR_FLOPS_PER_US = 6.0e8
+TENSOR_FLOPS_PER_US = 7.5e8
 """A common rate of dense products on an H200, for estimates."""
 
 _ANY = Gpu("", "sm_90a", 132, True, 232448)
