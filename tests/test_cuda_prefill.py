@@ -14,7 +14,7 @@ from test_cuda_kernels import A100, H200, KERNEL_OF, TOLERANCE, make_packed, nvc
 from sparse_engine import cuda, registry, tuning
 from sparse_engine.backends import cuda_prefill, cuda_prefill_expand, cuda_unstructured
 from sparse_engine.backends.cuda_prefill import Call
-from sparse_engine.backends.cuda_prefill_expanded import NMForm, UnstructuredForm
+from sparse_engine.backends.cuda_prefill_expanded import NMForm, UnstructuredForm, fitted
 from sparse_engine.backends.cuda_prefill_mma import MmaForm
 from sparse_engine.errors import InputError
 from sparse_engine.formats.base import PackedWeight
@@ -66,6 +66,16 @@ def test_the_measured_form_runs_and_an_unknown_one_does_not(tmp_path: Path, monk
         assert form.name == config[0]
         assert (form.name == name) == (name != "of-another-version")
     cuda_prefill.choose.cache_clear()
+
+
+def test_units_of_any_depth_fit_a_hopper_gpu() -> None:
+    for source in UnstructuredForm.sources.values():
+        for tile in UnstructuredForm.tiles:
+            # A unit of columns that are all kept: two streams of eight steps of four words.
+            for depth in (1, 44, 64 // source.parts):
+                found = fitted(source, tile, depth, H200)
+                assert source.fits(found, H200, depth)
+                assert found == tile or depth > 44
 
 
 @pytest.mark.parametrize(("file", "struct"), [("expand_nm.cu", "Params"), ("expand_unstructured.cu", "ExpandParams")])

@@ -18,7 +18,7 @@ from sparse_engine.backends.cuda_prefill_wgmma import PrefillSource, PrefillTile
 from sparse_engine.backends.cuda_tiles import TYPICAL_DEPTH
 from sparse_engine.registry import Config
 
-__all__ = ["NMForm", "UnstructuredForm"]
+__all__ = ["NMForm", "UnstructuredForm", "fitted"]
 
 _SLOTS, _BATCH = 2, 2
 
@@ -130,13 +130,15 @@ class UnstructuredForm(ExpandedForm):
 
     def run(self, call: Call, config: Config) -> Tensor:
         assert call.streams is not None
-        source, tile, here = self.sources[call.streams.parts], self.tile_of(config), gpu(call.x.device.index)
-        # A weight with a dense block has deeper units than those that were measured.
-        while not source.fits(tile, here, call.streams.depth) and tile.stages > 2:
-            tile = replace(tile, stages=tile.stages - 1)
-        if not source.fits(tile, here, call.streams.depth):
-            tile = replace(tile, n_tiles=16)
-        return run_prefill(source, tile, call)
+        source, here = self.sources[call.streams.parts], gpu(call.x.device.index)
+        return run_prefill(source, fitted(source, self.tile_of(config), call.streams.depth, here), call)
+
+
+def fitted(source: StreamSource, tile: PrefillTile, depth: int, here: Gpu) -> PrefillTile:
+    """``tile`` with fewer buffers, or narrower, where units of ``depth`` words ask for it: those of a dense block are the deepest."""
+    while not source.fits(tile, here, depth) and tile.stages > 2:
+        tile = replace(tile, stages=tile.stages - 1)
+    return tile if source.fits(tile, here, depth) else replace(tile, n_tiles=min(tile.n_tiles, 16))
 
 
 register(NMForm())
