@@ -45,6 +45,7 @@ def test_some_form_runs_any_number_of_rows(pattern: str, here: cuda_prefill.Gpu)
     for m in (129, 256, 300, 8192, 100000):
         form, config = cuda_prefill.choose(NAMES[pattern], pattern, BF16, 4096, 4096, cuda_prefill.bucket_of(m), here)
         assert config in form.configs(pattern, 4096, 4096, min(m, 8192), here)
+        assert not form.needs_measuring
     for rows, columns in ((768, 768), (36864, 9216)):
         for form, configs in cuda_prefill.offered(pattern, rows, columns, 2048, here):
             assert all(config[0] == form.name for config in configs)

@@ -72,6 +72,7 @@ class ExpandedForm(WgmmaForm):
         slowness: of a step, in the time of its products, as measured on an H200: what expanding and shared memory add.
     """
 
+    needs_measuring: ClassVar[bool] = True
     slowness: ClassVar[float]
 
     def clocks(self, tile: PrefillTile, rows: int, columns: int, m: int, here: Gpu) -> float:

@@ -63,6 +63,7 @@ def _able(here: Gpu) -> list[MmaTile]:
 class MmaForm(Form):
     name: ClassVar[str] = "mma-sparse"
     patterns: ClassVar[frozenset[str]] = frozenset({"2:4"})
+    needs_measuring: ClassVar[bool] = True
 
     def configs(self, pattern: str, rows: int, columns: int, m: int, here: Gpu) -> Sequence[Config]:
         able = _able(here)
