@@ -133,7 +133,7 @@ def test_a_lane_that_walks_its_streams_meets_its_values(density: float, parts: i
 
 def test_sparse_metadata_names_the_kept_positions() -> None:
     # Mask byte: group 0 keeps columns 1 and 2, group 1 keeps 0 and 3.
-    assert int(cuda_nm._metadata_table(torch.device("cpu"))[0b1001_0110]) == (1 | 2 << 2) | (0 | 3 << 2) << 4
+    assert int(cuda_nm.metadata_table(torch.device("cpu"))[0b1001_0110]) == (1 | 2 << 2) | (0 | 3 << 2) << 4
 
 
 def test_parameters_match_the_source() -> None:

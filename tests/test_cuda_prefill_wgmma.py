@@ -16,7 +16,7 @@ from sparse_engine import cuda, registry
 from sparse_engine.backends import cuda_prefill_wgmma
 from sparse_engine.backends.cuda_prefill import Call
 from sparse_engine.backends.cuda_prefill_nm import PREFILL_24, SparseWgmmaForm
-from sparse_engine.backends.cuda_prefill_wgmma import PrefillTile, run_prefill
+from sparse_engine.backends.cuda_prefill_wgmma import PrefillTile, run_prefill, tile_of
 from sparse_engine.errors import KernelUnavailableError
 
 TILES = [
@@ -54,11 +54,11 @@ def test_configurations_name_their_tiles() -> None:
     form = SparseWgmmaForm()
     for rows, columns, m in ((768, 768, 1024), (4096, 4096, 256), (9216, 36864, 8192)):
         configs = form.configs("2:4", rows, columns, m, H200)
-        tiles = [form.tile_of(config) for config in configs]
+        tiles = [tile_of(config) for config in configs]
         assert set(tiles) <= set(form.tiles)
         assert all(PREFILL_24.fits(tile, H200) for tile in tiles)
     with pytest.raises(KernelUnavailableError, match="no configuration"):
-        form.tile_of(("wgmma-sparse", 1))
+        tile_of(("wgmma-sparse", 1))
 
 
 def product(tile: PrefillTile, packed, x, bias=None, residual=None, relu=False):  # type: ignore[no-untyped-def]

@@ -1,6 +1,9 @@
 // y = x · Wᵀ for 2:4 weights and many activation rows on Hopper (sm_90a): sparse wgmma over the frame of prefill_common.cuh.
 //
-// `weight` is the layout of decode_nm.cu: a lane's 16 bytes of a step are its part of operand A.
+// `weight`, in uint4, for T = ceil(rows / 16) row tiles and U = ceil(cols / 256) units: [T][U][1 + STEPS][32 lanes], chunk 0 the lane's
+// positions for the whole unit, chunk 1 + s its part of operand A in step s.
+//   16-bit values: 8 steps of 32 columns, the layout of decode_nm.cu; a word of positions serves two steps
+//   8-bit values: 4 steps of 64 columns; word s holds, of step s and for lane (g, q), row g + 8 (q & 1) and columns 32 (q / 2) on
 //   A_SHARED 0: they go from memory straight into registers, three products ahead
 //   A_SHARED 1: bulk copies bring them into the buffers of x, 1 KB for each row tile of 16, and each is read one product ahead
 #if A_SHARED
@@ -8,8 +11,11 @@
 #endif
 #include "prefill_common.cuh"
 
-// Uint4 of one row tile's unit: positions, then eight steps of values.
-#define UNIT_QUADS (9 * 32)
+#define STEPS (VALUES ? 4 : 8)
+// Uint4 of one row tile's unit.
+#define UNIT_QUADS ((1 + STEPS) * 32)
+// Steps that a word of positions serves.
+#define WORD_STEPS (VALUES ? 1 : 2)
 
 __device__ __forceinline__ const uint4* unit_of(const Params& p, int tile, int unit) {
   // Tiles behind the last row read the last tile again; their sums are not stored.
@@ -24,7 +30,7 @@ struct Weights {
 #endif
   const uint4* source[M_BLOCKS]; // of the unit at hand, this lane's
   uint4 values[SETS];
-  u32 positions[M_BLOCKS][4]; // a word for two steps
+  u32 positions[M_BLOCKS][4];
 
   __device__ __forceinline__ Weights(const Params&, u32, int, int, int) {}
 
@@ -34,12 +40,12 @@ struct Weights {
     if (i < TILE_FRAGMENTS) {
       u64 policy;
       asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-      bulk_copy(target + i * 1024, unit_of(p, tile + i, stage / 4) + (1 + stage % 4 * 2) * 32, 1024, barrier, policy);
+      bulk_copy(target + i * 1024, unit_of(p, tile + i, stage / (STEPS / 2)) + (1 + stage % (STEPS / 2) * 2) * 32, 1024, barrier, policy);
     }
 #endif
   }
 
-  // The word of steps 2w and 2w + 1 of the unit at hand, or of the one `ahead`. Its line is kept in L1 for the other words.
+  // Word w of the positions of the unit at hand, or of the one `ahead`. Its line is kept in L1 for the other words.
   __device__ __forceinline__ void load_positions(int mb, int w, int ahead) {
     asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(positions[mb][w]) : "l"((const u32*)(source[mb] + ahead) + w));
   }
@@ -47,7 +53,7 @@ struct Weights {
   // Operand A of product i of the unit at hand, or of the one `ahead` from its last on.
   __device__ __forceinline__ void load_values(int i, int ahead) {
     const int s = i / M_BLOCKS;
-    values[i % SETS] = load_weight(source[i % M_BLOCKS] + (s < 8 ? 0 : ahead) + (1 + s % 8) * 32);
+    values[i % SETS] = load_weight(source[i % M_BLOCKS] + (s < STEPS ? 0 : ahead) + (1 + s % STEPS) * 32);
   }
 
   __device__ __forceinline__ void start(const Params& p, int tile, int unit) {
@@ -72,7 +78,7 @@ struct Weights {
     values[i % SETS] = make_uint4(v[0], v[1], v[2], v[3]);
   }
 
-  __device__ __forceinline__ void multiply_all(float (&d)[M_BLOCKS][N_TILES][4], const Params& p, Buffers& x, int rounds) {
+  __device__ __forceinline__ void multiply_all(Sum (&d)[M_BLOCKS][N_TILES][4], const Params& p, Buffers& x, int rounds) {
     u32 buffer = x.open();
 #if A_SHARED
     read_values(buffer, 0);
@@ -81,28 +87,29 @@ struct Weights {
       // Behind the last unit it is read again, to no purpose: loads under a condition would make the compiler wait for each product.
       const int ahead = round + 1 < rounds ? UNIT_QUADS : 0;
 #pragma unroll
-      for (int i = 0; i < 8 * M_BLOCKS; ++i) {
+      for (int i = 0; i < STEPS * M_BLOCKS; ++i) {
         const int s = i / M_BLOCKS, mb = i % M_BLOCKS;
         const bool last = s % 2 == 1 && mb == M_BLOCKS - 1;
         const u64 b = describe(buffer + s % 2 * 64);
         fence_registers();
-        if (s % 2 == 0)
-          wgmma_sparse<0>(d[mb], values[i % SETS], b, positions[mb][s / 2]);
+        const u32 words = positions[mb][s / WORD_STEPS];
+        if (s % WORD_STEPS == 0)
+          wgmma_sparse<0>(d[mb], values[i % SETS], b, words);
         else
-          wgmma_sparse<1>(d[mb], values[i % SETS], b, positions[mb][s / 2]);
+          wgmma_sparse<1>(d[mb], values[i % SETS], b, words);
         commit_products();
         x.close(s % 2 == 0 && mb == 0, last);
-        if (last && (s < 7 || ahead)) buffer = x.open();
+        if (last && (s < STEPS - 1 || ahead)) buffer = x.open();
 #if A_SHARED
-        read_values(buffer, (i + 1) % (8 * M_BLOCKS));
+        read_values(buffer, (i + 1) % (STEPS * M_BLOCKS));
 #else
         load_values(i + SETS - 1, ahead);
 #endif
         // The last products that read a word are over a step later.
-        if (s % 2 == 0 && mb == M_BLOCKS - 1) {
+        if (s % WORD_STEPS == 0 && mb == M_BLOCKS - 1) {
 #pragma unroll
           for (int other = 0; other < M_BLOCKS; ++other)
-            load_positions(other, (s / 2 + 3) % 4, s == 0 ? 0 : ahead);
+            load_positions(other, (s / WORD_STEPS + 3) % 4, s == 0 ? 0 : ahead);
         }
       }
 #pragma unroll
