@@ -230,16 +230,28 @@ class WgmmaForm(Form):
     def unsupported(self, here: Gpu) -> str | None:
         return None if here.arch == "sm_90a" else f"runs on compute capability 9.0, not on {here.arch}"
 
+    def clocks(self, tile: PrefillTile, rows: int, columns: int, m: int, here: Gpu) -> float:
+        """Estimated clocks of a launch."""
+        return estimated_clocks(tile, rows, columns, m, here)
+
     def configs(self, pattern: str, rows: int, columns: int, m: int, here: Gpu) -> Sequence[Config]:
         able = [tile for tile in self.tiles if self.source.fits(tile, here) and (tile.splits == 1 or tile.splits * UNIT <= columns)]
-        return [(self.name, *astuple(tile)) for tile in sorted(able, key=lambda tile: estimated_clocks(tile, rows, columns, m, here))]
+        return [(self.name, *astuple(tile)) for tile in sorted(able, key=lambda tile: self.clocks(tile, rows, columns, m, here))]
+
+    def tile_of(self, config: Config) -> PrefillTile:
+        """The tile of a configuration.
+
+        Raises:
+            KernelUnavailableError: it is of another version.
+        """
+        return tile_of(config)
 
     def compilations(self, pattern: str, dtype: torch.dtype, config: Config, here: Gpu) -> Compilations:
         return ((self.source.file, here.arch, self.source.all_macros(tile_of(config), dtype)),)
 
     def estimate_us(self, pattern: str, rows: int, columns: int, m: int, here: Gpu) -> float:
         best = tile_of(self.configs(pattern, rows, columns, m, here)[0])
-        return 3.0 + estimated_clocks(best, rows, columns, m, here) / CLOCKS_PER_US
+        return 3.0 + self.clocks(best, rows, columns, m, here) / CLOCKS_PER_US
 
     def run(self, call: Call, config: Config) -> Tensor:
         return run_prefill(self.source, tile_of(config), call)
