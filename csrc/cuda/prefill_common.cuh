@@ -185,8 +185,8 @@ struct Buffers {
 #endif
   }
 
-  // After a product has been committed: waits for those before it. With the `first` product of a buffer the one before it is given back,
-  // after the `last` the next one is due.
+  // After products have been committed: waits for those before them. With the `first` of a buffer the one before it is given back, after
+  // the `last` the next one is due.
   __device__ __forceinline__ void close(bool first, bool last) {
     wait_products<1>();
     if (first) {
@@ -377,43 +377,59 @@ __device__ __forceinline__ void collect(const Params& p, float* sums, const Sum 
   }
 }
 
+// Adds up four weight rows of activation row n, from `row` on, and writes them to y.
+__device__ __forceinline__ void store_four(const Params& p, const float4 (&part)[SPLITS], int n, int row) {
+  if (row >= p.rows) return;
+  float v[4] = {};
+#pragma unroll
+  for (int s = 0; s < SPLITS; ++s)
+    v[0] += part[s].x, v[1] += part[s].y, v[2] += part[s].z, v[3] += part[s].w;
+  const size_t at = (size_t)n * p.rows + row;
+  u16 bias[4] = {}, residual[4] = {};
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (row + i < p.rows) {
+      if (p.bias) bias[i] = p.bias[row + i];
+      if (p.residual && !p.y_vector) residual[i] = p.residual[at + i];
+    }
+  if (p.residual && p.y_vector) *(uint2*)residual = *(const uint2*)(p.residual + at);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    v[i] += to_float(bias[i]);
+    if (p.relu) v[i] = fmaxf(v[i], 0.0f);
+    if (p.residual) v[i] += to_float(residual[i]);
+  }
+  const u32 pairs[2] = {pack_pair(v[0], v[1]), pack_pair(v[2], v[3])};
+  if (p.y_vector) {
+    *(uint2*)(p.y + at) = make_uint2(pairs[0], pairs[1]);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (row + i < p.rows) p.y[at + i] = (u16)(pairs[i / 2] >> 16 * (i % 2));
+}
+
 // Adds up this block's share of what the splits have collected and writes it to y.
 __device__ __forceinline__ void reduce_and_store(const Params& p, const float* sums, int row, int token) {
   constexpr int FOURS = TILE_ROWS / 4;
   const int rank = blockIdx.y, column = blockIdx.x % CLUSTER, count = min(TILE_TOKENS, p.m - token) * FOURS;
-  for (int e = rank * (128 * CONSUMERS) + threadIdx.x; e < count; e += SPLITS * 128 * CONSUMERS) {
-    const int n = e / FOURS, four = e % FOURS * 4, r = row + four;
-    const u32 address = shared_address(sums + n * SUMS_PITCH + four);
-    float4 part[SPLITS];
+  constexpr int STRIDE = SPLITS * 128 * CONSUMERS;
+  // As many reads under way as registers allow: another block's memory is far.
+  constexpr int FLIGHT = SPLITS > 2 ? 4 : 8;
+  for (int first = rank * (128 * CONSUMERS) + threadIdx.x; first < count; first += FLIGHT * STRIDE) {
+    float4 part[FLIGHT][SPLITS];
 #pragma unroll
-    for (int s = 0; s < SPLITS; ++s)
-      part[s] = cluster_read(address, s * CLUSTER + column);
-    float v[4] = {};
+    for (int f = 0; f < FLIGHT; ++f) {
+      const int e = min(first + f * STRIDE, count - 1);
+      const u32 address = shared_address(sums + e / FOURS * SUMS_PITCH + e % FOURS * 4);
 #pragma unroll
-    for (int s = 0; s < SPLITS; ++s)
-      v[0] += part[s].x, v[1] += part[s].y, v[2] += part[s].z, v[3] += part[s].w;
-    const size_t at = (size_t)(token + n) * p.rows + r;
-    u16 bias[4] = {}, residual[4] = {};
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (r + i < p.rows) {
-        if (p.bias) bias[i] = p.bias[r + i];
-        if (p.residual && !p.y_vector) residual[i] = p.residual[at + i];
-      }
-    if (p.residual && p.y_vector && r < p.rows) *(uint2*)residual = *(const uint2*)(p.residual + at);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      v[i] += to_float(bias[i]);
-      if (p.relu) v[i] = fmaxf(v[i], 0.0f);
-      if (p.residual) v[i] += to_float(residual[i]);
+      for (int s = 0; s < SPLITS; ++s)
+        part[f][s] = cluster_read(address, s * CLUSTER + column);
     }
-    const u32 pairs[2] = {pack_pair(v[0], v[1]), pack_pair(v[2], v[3])};
-    if (p.y_vector) {
-      if (r < p.rows) *(uint2*)(p.y + at) = make_uint2(pairs[0], pairs[1]);
-    } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (r + i < p.rows) p.y[at + i] = (u16)(pairs[i / 2] >> 16 * (i % 2));
+    for (int f = 0; f < FLIGHT; ++f) {
+      const int e = first + f * STRIDE;
+      if (e < count) store_four(p, part[f], token + e / FOURS, row + e % FOURS * 4);
     }
   }
 }

@@ -32,7 +32,7 @@ CLOCKS_PER_US = 1.6e3
 
 @dataclass(frozen=True, slots=True)
 class PrefillTile:
-    """How one launch divides its work: macros of prefill_common.cuh, and ``a_shared`` of prefill_nm.cu."""
+    """How one launch divides its work: macros of prefill_common.cuh, and ``a_shared`` and ``batch`` of prefill_nm.cu."""
 
     n_tiles: int
     m_blocks: int
@@ -42,6 +42,7 @@ class PrefillTile:
     splits: int = 1
     min_blocks: int = 1
     a_shared: int = 0
+    batch: int = 1
 
     @property
     def rows(self) -> int:
@@ -67,6 +68,7 @@ class PrefillTile:
             "SPLITS": self.splits,
             "MIN_BLOCKS": self.min_blocks,
             "A_SHARED": self.a_shared,
+            "BATCH": self.batch,
         }
 
 
