@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,13 @@ from torch import Tensor
 
 from sparse_engine import cuda, formats, registry
 from sparse_engine.backends import cuda_decode, cuda_nm, cuda_tiles, cuda_unstructured
+from sparse_engine.bench import tune
 from sparse_engine.errors import InputError, KernelUnavailableError
 from sparse_engine.formats.base import PackedWeight
 from sparse_engine.linear import SparseLinear
 from sparse_engine.mask import Mask
 from sparse_engine.pattern import SparsityPattern
+from sparse_engine.tuning import Measured
 
 H200 = cuda_decode.Gpu("NVIDIA H200", "sm_90a", 132, True, 232448)
 A100 = cuda_decode.Gpu("NVIDIA A100-SXM4-80GB", "sm_80", 108, False, 166912)
@@ -229,6 +232,16 @@ def test_clusters_that_share_activations_fit_the_gpu_at_once(pattern: str) -> No
                 assert tile.cluster <= blocks <= H200.processors * tile.min_blocks
                 # No range is empty.
                 assert blocks // tile.cluster <= -(-shape[0] // (tile.block_rows * tile.cluster)) * units
+
+
+def test_tuning_begins_with_what_dispatch_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = replace(problem_of("2:4", (16384, 4096), 64), gpu=H200.name)
+    configs = cuda_tiles.configs("2:4", problem, H200)
+    for held in (configs[3], configs[3][:-1]):
+        monkeypatch.setattr(tune.tuning, "lookup", lambda *_, held=held: {"cuda_nm": Measured(1.0, held)})
+        assert tune._held(registry.get("cuda_nm"), problem, configs) == [configs[3]]
+    monkeypatch.setattr(tune.tuning, "lookup", lambda *_: {})
+    assert tune._held(registry.get("cuda_nm"), problem, configs) == []
 
 
 def test_tables_without_the_last_field_are_understood() -> None:
