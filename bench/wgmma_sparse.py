@@ -1,6 +1,6 @@
-"""How fast sparse wgmma runs on a Hopper GPU: operand A from registers or shared memory, alone and beside a prefill kernel's traffic.
+"""How fast sparse wgmma runs on a Hopper GPU: operand A from registers or shared memory, held or loaded.
 
-python bench/wgmma_sparse.py --out bench/results/h200/wgmma-sparse.json
+python bench/wgmma_sparse.py --out bench/results/h100/wgmma-sparse.json
 
 A row is one form: clocks per m64nNk32 instruction of one multiprocessor (the least is N / 2), and dense-equivalent TFLOP/s of the whole
 GPU at the clocks that it held.
@@ -35,16 +35,16 @@ class Params(ctypes.Structure):
     )
 
 
-def measure(n: int, groups: int, a_from: int, copy: int) -> dict[str, Any]:
+def measure(n: int, groups: int, a_from: int) -> dict[str, Any]:
     """One form, the median of five launches behind a warm-up."""
     here = gpu(0)
-    macros = {"N_TILES": n // 8, "GROUPS": groups, "A_FROM": a_from, "COPY": copy}
+    macros = {"N_TILES": n // 8, "GROUPS": groups, "A_FROM": a_from}
     function = cuda.load("prefill_rate.cu", "prefill_rate", here.arch, tuple(sorted(macros.items())))
     data = torch.randn(QUADS * 8 + 65536, device="cuda").to(torch.bfloat16)
     clocks = torch.empty(here.processors, dtype=torch.int64, device="cuda")
     sink = torch.empty(128 * groups, device="cuda")
     params = Params(data.data_ptr(), clocks.data_ptr(), sink.data_ptr(), QUADS, STEPS)
-    shared = 2 * n * 128 + groups * 8192 + 4 * copy + 64
+    shared = 2 * n * 128 + groups * 8192
     per_step, milliseconds = [], []
     for _ in range(6):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -60,7 +60,6 @@ def measure(n: int, groups: int, a_from: int, copy: int) -> dict[str, Any]:
         "n": n,
         "warpgroups": groups,
         "a": A_FROM[a_from],
-        "copied_bytes_per_step": copy,
         "clocks_per_instruction": round(instruction, 1),
         "of_twice_dense": round(n / 2 / instruction, 3),
         "tflops": round(flops / ms / 1e9, 1),
@@ -74,8 +73,8 @@ def main() -> None:
     out = parser.parse_args().out
     rows = []
     for n, a_from in itertools.product((64, 128, 256), range(len(A_FROM))):
-        for groups, copy in ((1, 0), (2, 0), (2, n * 64), *(((3, 0), (3, n * 64)) if n == 128 else ())):
-            rows.append(measure(n, groups, a_from, copy))
+        for groups in (1, 2, 3) if n == 128 else (1, 2):
+            rows.append(measure(n, groups, a_from))
             print(rows[-1], flush=True)  # noqa: T201
     write_json(out, {"environment": environment(), "rows": rows})
 

@@ -100,6 +100,9 @@ def _dot_tile(m: int, dtype: torch.dtype) -> Tile:
         # Few steps of many columns: a step's latency is what a program waits for.
         return Tile("dot", 16, 64, 16, 3, 1, 4)
     # 64 rows of W are one warpgroup instruction of Hopper; 64 KiB of shared memory at most, which every GPU has.
+    if m >= 256:
+        # An expanded tile of W serves twice as many rows, and its expansion costs as much as their products.
+        return Tile("dot", 256, 64, 4, 3, 1, 8)
     return Tile("dot", min(max(_padded(m), 32), 128), 64, 8, 3, 1, 4)
 
 
@@ -117,7 +120,8 @@ def default_tile(m: int, rows: int, columns: int, dtype: torch.dtype) -> Tile:
 
 
 def tiles(m: int, rows: int, columns: int, dtype: torch.dtype) -> list[Tile]:
-    """What is worth measuring for a problem, the default first. Left out: 128 x 128 with four warps, which spills registers."""
+    """What is worth measuring for a problem, the default first. Left out: 128 x 128, which spills registers with four warps and was the
+    slowest with eight."""
     row_bytes = -(-columns // 8)
     found = [default_tile(m, rows, columns, dtype)]
     if m <= (16 if dtype == torch.float32 else 8):
@@ -138,8 +142,11 @@ def tiles(m: int, rows: int, columns: int, dtype: torch.dtype) -> list[Tile]:
         found += [dot, _split(dot, m, rows, row_bytes), dot._replace(block_bytes=dot.block_bytes // 2)]
         if dtype != torch.float32:
             found.append(dot._replace(depth=2))  # a stage less of shared memory lets one more program run on a processor
-            if m > 64:
-                found.append(Tile("dot", 128, 128, 8, 3, 1, 8))  # less expansion a product; 80 KiB of shared memory
+            if m >= 256:
+                found.append(dot._replace(depth=4))  # 76 KiB of shared memory
+                found.append(Tile("dot", 256, 64, 8, 3, 1, 8))  # half the steps, 115 KiB: few programs
+                found.append(Tile("dot", 256, 128, 8, 3, 1, 8))  # x is read half as often, 131 KiB: unstructured, many rows
+                found.append(Tile("dot", 128, 64, 8, 3, 1, 4))  # the default for fewer rows
     distinct = dict.fromkeys(found)
     return [tile for tile in distinct if tile.parts == 1 or part_bytes(tile, row_bytes) < row_bytes]
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,13 @@ from torch import Tensor
 
 from sparse_engine import cuda, formats, registry
 from sparse_engine.backends import cuda_decode, cuda_nm, cuda_tiles, cuda_unstructured
+from sparse_engine.bench import tune
 from sparse_engine.errors import InputError, KernelUnavailableError
 from sparse_engine.formats.base import PackedWeight
 from sparse_engine.linear import SparseLinear
 from sparse_engine.mask import Mask
 from sparse_engine.pattern import SparsityPattern
+from sparse_engine.tuning import Measured
 
 H200 = cuda_decode.Gpu("NVIDIA H200", "sm_90a", 132, True, 232448)
 A100 = cuda_decode.Gpu("NVIDIA A100-SXM4-80GB", "sm_80", 108, False, 166912)
@@ -133,7 +136,7 @@ def test_a_lane_that_walks_its_streams_meets_its_values(density: float, parts: i
 
 def test_sparse_metadata_names_the_kept_positions() -> None:
     # Mask byte: group 0 keeps columns 1 and 2, group 1 keeps 0 and 3.
-    assert int(cuda_nm._metadata_table(torch.device("cpu"))[0b1001_0110]) == (1 | 2 << 2) | (0 | 3 << 2) << 4
+    assert int(cuda_nm.metadata_table(torch.device("cpu"))[0b1001_0110]) == (1 | 2 << 2) | (0 | 3 << 2) << 4
 
 
 def test_parameters_match_the_source() -> None:
@@ -144,6 +147,7 @@ def test_parameters_match_the_source() -> None:
     assert declared == [name for name, _ in cuda_decode._Params._fields_]
 
 
+PATTERN_OF = {"2:4": "2:4", "4:8": "4:8", "unstructured": "0.5"}
 KERNEL_NAMES = {"2:4": "cuda_nm", "4:8": "cuda_nm", "unstructured": "cuda_unstructured"}
 COMPILED = list(
     dict.fromkeys(
@@ -153,6 +157,12 @@ COMPILED = list(
         for m in (1, 16, 64, 128)
     )
 )
+
+
+def problem_of(pattern: str, shape: tuple[int, int], m: int) -> registry.Problem:
+    parsed = SparsityPattern.parse(PATTERN_OF[pattern])
+    fmt = formats.for_pattern(parsed)
+    return registry.Problem.of(PackedWeight(fmt.name, fmt.version, parsed, shape, torch.bfloat16, {}), m, torch.device("cpu"))
 
 
 def nvcc(arch: str, file: str, macros: Mapping[str, int], folder: Path) -> str:
@@ -166,7 +176,14 @@ def nvcc(arch: str, file: str, macros: Mapping[str, int], folder: Path) -> str:
     return result.stderr
 
 
-@pytest.mark.parametrize(("source", "tile"), COMPILED, ids=str)
+STREAMED = [
+    (source, cuda_tiles._streamed_tiles(source, 16384, 4096, m, H200)[at])
+    for source in (cuda_tiles.STREAMED_24, cuda_tiles.STREAMED_48, cuda_tiles.STREAMED_UNSTRUCTURED)
+    for m, at in ((32, 0), (64, -1), (128, 0))
+]
+
+
+@pytest.mark.parametrize(("source", "tile"), [*COMPILED, *STREAMED], ids=str)
 def test_chosen_tiles_compile_within_their_registers(source: cuda_decode.Source, tile: cuda_decode.Tile, tmp_path: Path) -> None:
     said = nvcc("90a", source.file, dict(cuda_decode.macros_of(source, tile, torch.bfloat16)), tmp_path)
     spills = re.search(r"(\d+) bytes spill stores", said)
@@ -203,6 +220,36 @@ def test_chosen_tiles_fit_the_gpu(shape: tuple[int, int], m: int) -> None:
         assert tile.warps_k % tile.parts == 0 or depth
 
 
+@pytest.mark.parametrize("pattern", list(KERNEL_NAMES))
+def test_clusters_that_share_activations_fit_the_gpu_at_once(pattern: str) -> None:
+    for shape, m in itertools.product(((768, 768), (1024, 4096), (16384, 4096), (9216, 36864)), (5, 32, 128)):
+        for config in cuda_tiles.configs(pattern, problem_of(pattern, shape, m), H200):
+            source, tile = cuda_tiles.parse(pattern, config) or pytest.fail(f"{config} is not understood")
+            if isinstance(source, cuda_decode.StreamedSource):
+                units = -(-shape[1] * tile.parts // cuda_decode.UNIT)
+                blocks, _ = source.grid(tile, shape[0], units, source.shared_bytes(tile, m, 42 if pattern == "unstructured" else 0), H200)
+                assert blocks % tile.cluster == 0
+                assert tile.cluster <= blocks <= H200.processors * tile.min_blocks
+                # No range is empty.
+                assert blocks // tile.cluster <= -(-shape[0] // (tile.block_rows * tile.cluster)) * units
+
+
+def test_tuning_begins_with_what_dispatch_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = replace(problem_of("2:4", (16384, 4096), 64), gpu=H200.name)
+    configs = cuda_tiles.configs("2:4", problem, H200)
+    for held in (configs[3], configs[3][:-1]):
+        monkeypatch.setattr(tune.tuning, "lookup", lambda *_, held=held: {"cuda_nm": Measured(1.0, held)})
+        assert tune._held(registry.get("cuda_nm"), problem, configs) == [configs[3]]
+    monkeypatch.setattr(tune.tuning, "lookup", lambda *_: {})
+    assert tune._held(registry.get("cuda_nm"), problem, configs) == []
+
+
+def test_tables_without_the_last_field_are_understood() -> None:
+    old = ("decode_wgmma.cu", 8, 1, 8, 1, 1, 1, 2, 1, 16)
+    assert cuda_tiles.parse("2:4", old) == (cuda_tiles.WGMMA_24, cuda_decode.Tile(8, 1, 8, 1, 1, 1, 2, 1, 16, 1))
+    assert cuda_tiles.parse("2:4", old[:-1]) is None
+
+
 def test_missing_gpu_is_a_reason_and_a_clear_error() -> None:
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU")
@@ -227,6 +274,28 @@ def test_product_matches_fp64(pattern: str, shape: tuple[int, int], dtype: torch
         y = kernel.run(x, layout, bias, packed.pattern)
         assert y.shape == (m, shape[0])
         assert relative_error(y, expected_product(x, packed, bias)) < TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("cluster", "splits"), list(itertools.product((1, 2, 4), (0, 1, 3))))
+@pytest.mark.parametrize(("pattern", "shape"), [("2:4", (600, 2052)), ("4:8", (330, 4104)), ("0.5", (601, 2050)), ("0.5", (200, 1000))])
+def test_row_groups_are_cut_among_clusters(pattern: str, shape: tuple[int, int], cluster: int, splits: int) -> None:
+    """Sums meet whether a cluster's range is a part of a row group or parts of two; calls in a row reuse the workspace."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("wgmma needs compute capability 9.0")
+    packed = make_packed(pattern, shape, torch.bfloat16, "cuda")
+    kernel = registry.get(KERNEL_OF[pattern])
+    layout = kernel.prepare(packed)
+    bias = torch.randn(shape[0], device="cuda", dtype=torch.bfloat16)
+    parts = cuda_tiles.unstructured_parts(shape[1]) if pattern == "0.5" else 1
+    for m, n_tiles, warps, copies in ((5, 1, 4, 16), (40, 8, 8, 8), (128, 16, 4, 8)):
+        config = ("decode_stream.cu", n_tiles, 1, warps, 1, parts, splits, 2, 1, copies, cluster)
+        for offset in (0, 8, 1):
+            # Rows that are aligned, and rows that are not.
+            x = torch.randn(m, shape[1] + 8, device="cuda", dtype=torch.bfloat16)[:, offset : offset + shape[1]]
+            torch.full((m, shape[0]), float("nan"), device="cuda", dtype=torch.bfloat16)
+            y = kernel.run_config(x, layout, bias, packed.pattern, config)
+            assert relative_error(y, expected_product(x, packed, bias)) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ from test_cuda_kernels import A100, H200, KERNEL_OF, TOLERANCE, make_packed, nvc
 from sparse_engine import cuda, registry, tuning
 from sparse_engine.backends import cuda_prefill, cuda_prefill_expand, cuda_unstructured
 from sparse_engine.backends.cuda_prefill import Call
-from sparse_engine.backends.cuda_prefill_expanded import NMForm, UnstructuredForm
+from sparse_engine.backends.cuda_prefill_expanded import NMForm, UnstructuredForm, fitted
 from sparse_engine.backends.cuda_prefill_mma import MmaForm
 from sparse_engine.errors import InputError
 from sparse_engine.formats.base import PackedWeight
@@ -45,6 +45,7 @@ def test_some_form_runs_any_number_of_rows(pattern: str, here: cuda_prefill.Gpu)
     for m in (129, 256, 300, 8192, 100000):
         form, config = cuda_prefill.choose(NAMES[pattern], pattern, BF16, 4096, 4096, cuda_prefill.bucket_of(m), here)
         assert config in form.configs(pattern, 4096, 4096, min(m, 8192), here)
+        assert not form.needs_measuring
     for rows, columns in ((768, 768), (36864, 9216)):
         for form, configs in cuda_prefill.offered(pattern, rows, columns, 2048, here):
             assert all(config[0] == form.name for config in configs)
@@ -66,6 +67,16 @@ def test_the_measured_form_runs_and_an_unknown_one_does_not(tmp_path: Path, monk
         assert form.name == config[0]
         assert (form.name == name) == (name != "of-another-version")
     cuda_prefill.choose.cache_clear()
+
+
+def test_units_of_any_depth_fit_a_hopper_gpu() -> None:
+    for source in UnstructuredForm.sources.values():
+        for tile in UnstructuredForm.tiles:
+            # A unit of columns that are all kept: two streams of eight steps of four words.
+            for depth in (1, 44, 64 // source.parts):
+                found = fitted(source, tile, depth, H200)
+                assert source.fits(found, H200, depth)
+                assert found == tile or depth > 44
 
 
 @pytest.mark.parametrize(("file", "struct"), [("expand_nm.cu", "Params"), ("expand_unstructured.cu", "ExpandParams")])

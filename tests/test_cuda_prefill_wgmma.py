@@ -16,19 +16,10 @@ from sparse_engine import cuda, registry
 from sparse_engine.backends import cuda_prefill_wgmma
 from sparse_engine.backends.cuda_prefill import Call
 from sparse_engine.backends.cuda_prefill_nm import PREFILL_24, SparseWgmmaForm
-from sparse_engine.backends.cuda_prefill_wgmma import PrefillTile, run_prefill
+from sparse_engine.backends.cuda_prefill_wgmma import PrefillTile, run_prefill, tile_of
 from sparse_engine.errors import KernelUnavailableError
 
-TILES = [
-    PrefillTile(32, 1, 2, 4, cluster=2),
-    PrefillTile(32, 1, 2, 4, cluster=2, a_shared=1),
-    PrefillTile(24, 2, 2, 4, cluster=2, a_shared=1),
-    PrefillTile(20, 2, 2, 4, a_shared=1),
-    PrefillTile(24, 1, 3, 4, cluster=4),
-    PrefillTile(16, 2, 2, 4, cluster=2, splits=2),
-    PrefillTile(16, 1, 2, 4, splits=4),
-    PrefillTile(8, 1, 2, 4, min_blocks=2, a_shared=1),
-]
+TILES = [*SparseWgmmaForm.tiles, PrefillTile(20, 2, 2, 4, a_shared=1), PrefillTile(16, 2, 2, 4, cluster=2, splits=2)]
 
 
 def test_parameters_match_the_source() -> None:
@@ -37,7 +28,7 @@ def test_parameters_match_the_source() -> None:
     assert body is not None
     lines = [line.strip() for line in re.sub(r"//.*", "", body[1]).split(";")]
     declared = [name for line in lines for name in re.findall(r"[*\s](\w+)(?:\[16\])?\s*(?:,|$)", line)]
-    assert declared == [name for name, *_ in cuda_prefill_wgmma._Params._fields_]
+    assert [*declared, "padding"] == [name for name, *_ in cuda_prefill_wgmma._Params._fields_]
     assert ctypes.sizeof(cuda_prefill_wgmma._Params) % 64 == 0
 
 
@@ -54,11 +45,11 @@ def test_configurations_name_their_tiles() -> None:
     form = SparseWgmmaForm()
     for rows, columns, m in ((768, 768, 1024), (4096, 4096, 256), (9216, 36864, 8192)):
         configs = form.configs("2:4", rows, columns, m, H200)
-        tiles = [form.tile_of(config) for config in configs]
+        tiles = [tile_of(config) for config in configs]
         assert set(tiles) <= set(form.tiles)
         assert all(PREFILL_24.fits(tile, H200) for tile in tiles)
     with pytest.raises(KernelUnavailableError, match="no configuration"):
-        form.tile_of(("wgmma-sparse", 1))
+        tile_of(("wgmma-sparse", 1))
 
 
 def product(tile: PrefillTile, packed, x, bias=None, residual=None, relu=False):  # type: ignore[no-untyped-def]
@@ -68,11 +59,11 @@ def product(tile: PrefillTile, packed, x, bias=None, residual=None, relu=False):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tile", TILES, ids=str)
-@pytest.mark.parametrize("shape", [(768, 1024), (200, 1028), (1, 1024), (520, 2048)], ids=str)
+@pytest.mark.parametrize("shape", [(200, 1028), (1, 1024), (520, 2048)], ids=str)
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_product_matches_fp64(shape: tuple[int, int], dtype: torch.dtype, tile: PrefillTile) -> None:
     packed = make_packed("2:4", shape, dtype, "cuda")
-    for m in (1, 129, 256, 777, 2100):
+    for m in (1, 129, 777):
         x = torch.randn(m, shape[1], device="cuda", dtype=dtype)
         bias = torch.randn(shape[0], device="cuda", dtype=dtype) if m % 2 else None
         # Freed memory full of NaN is what the allocator hands out next: an element never written shows.
@@ -105,7 +96,7 @@ def test_strided_and_unaligned_activations() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", TILES[:6], ids=str)
+@pytest.mark.parametrize("tile", TILES[:7], ids=str)
 def test_chain_in_a_graph(tile: PrefillTile) -> None:
     packed = make_packed("2:4", (1024, 1024), torch.bfloat16, "cuda")
     x = torch.randn(600, 1024, device="cuda", dtype=torch.bfloat16)
@@ -129,4 +120,4 @@ def test_chain_in_a_graph(tile: PrefillTile) -> None:
 def test_a_tile_without_a_form_is_refused() -> None:
     packed = make_packed("2:4", (64, 256), torch.bfloat16, "cuda")
     with pytest.raises(KernelUnavailableError, match="has no form"):
-        product(TILES[6], packed, torch.zeros(300, 256, device="cuda", dtype=torch.bfloat16))
+        product(PrefillTile(16, 2, 2, 4, splits=2), packed, torch.zeros(300, 256, device="cuda", dtype=torch.bfloat16))

@@ -77,6 +77,16 @@ def test_tiles_may_be_cut_otherwise(tile: tuple[Any, ...]) -> None:
 
 
 @needs_kernel
+@pytest.mark.parametrize("pattern", ["4:8", "0.5"])
+def test_tiles_of_a_prompts_rows(pattern: str) -> None:
+    assert BITMASK is not None
+    packed = make_packed(pattern, (65, 264), torch.bfloat16)
+    tiles = BITMASK.tiles(257, *packed.shape, packed.dtype)
+    for tile in {tile[:4]: tile for tile in tiles if tile.block_m == 256}.values() if DEVICE == "cpu" else tiles:
+        assert_product(packed, 257, with_bias=True, tile=tile)
+
+
+@needs_kernel
 def test_weight_without_any_value_gives_the_bias() -> None:
     pattern = SparsityPattern.unstructured(0.9)
     shape = (5, 19)

@@ -6,7 +6,7 @@
 //   EXPANDED 1: of each step of 32 columns, column 8t + 2j + e lies at place 8j + 2t + e: lane t of a quad holds columns 8t .. 8t + 7 of
 //          W, but operand A takes columns 2t, 2t + 1, 2t + 8 and 2t + 9 from it
 //
-// One thread writes one chunk.
+// One thread writes one chunk. The kernel's flags, `rows` words behind the image, are cleared as well.
 #define ROW_TILES 1
 #define WARPS_ROW 8
 #define WARPS_K 1
@@ -26,6 +26,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) arrange(const __grid_const
   // y is the image; a unit is one subtile of 64 columns.
   const int i = blockIdx.x * THREADS + threadIdx.x, chunk = i & 7, row = (i >> 3) % p.m, subtile = (i >> 3) / p.m;
   wait_predecessor();
+  u32* flags = (u32*)((unsigned char*)p.y + (size_t)p.units * (8 * N_TILES) * 128);
+  for (int j = i; j < p.rows; j += gridDim.x * THREADS)
+    flags[j] = 0;
   if (subtile >= p.units) return;
   const u16* source = p.x + (size_t)row * p.ldx;
   u32 words[4];

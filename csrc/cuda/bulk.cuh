@@ -43,6 +43,26 @@ __device__ __forceinline__ void bulk_copy(u32 target, const void* source, u32 by
                "l"(source), "r"(bytes), "r"(barrier), "l"(policy)
                : "memory");
 }
+
+// The same in every block of the cluster that `blocks` has a bit for, at the same addresses in each.
+__device__ __forceinline__ void bulk_copy_to_all(u32 target, const void* source, u32 bytes, u32 barrier, u16 blocks, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], [%1], %2, [%3], %4, %5;" ::
+          "r"(target),
+      "l"(source), "r"(bytes), "r"(barrier), "h"(blocks), "l"(policy)
+      : "memory");
+}
+
+// Arrives at the barrier that block `rank` of the cluster has where this one has `barrier`; says nothing of ordinary accesses to memory.
+__device__ __forceinline__ void barrier_arrive_in(u32 barrier, u32 rank) {
+  asm volatile("{\n"
+               ".reg .b32 remote;\n"
+               "mapa.shared::cluster.u32 remote, %0, %1;\n"
+               "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+               "}" ::"r"(barrier),
+               "r"(rank)
+               : "memory");
+}
 #endif
 
 // A warp copies `count` uint4 from `source` to shared address `target`; `barrier`, made for COPY_ARRIVALS, opens when they have arrived.

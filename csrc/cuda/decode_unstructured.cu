@@ -4,12 +4,13 @@
 // for itself, one after the other. A block goes through row groups, gridDim.x from one to the next, so that weights are on their way all
 // the time and the table is filled once; for many activation rows, whose sums take the place of x, it has one group.
 //   STAGES         slots of units per warp
-//   TABLE_COPIES   copies of the expansion table in shared memory, 1 to 8
+//   TABLE_COPIES   copies of the expansion table in shared memory, 1 to 8, see octets.cuh
 #define UNSTRUCTURED 1
 #define X_PAD 64
 #include "decode_common.cuh"
 #include "expand.cuh"
 #include "bulk.cuh"
+#define WIDE_ENTRIES (N_TILES > 2)
 #include "paired.cuh"
 
 #if ROW_TILES != 1
@@ -17,6 +18,22 @@
 #endif
 #define CHAINS (N_TILES <= 2 ? 2 : 1)
 #define PERSISTENT (N_TILES <= 2)
+
+// Only lanes that have an activation row read; what the others hold reaches no sum that is stored.
+__device__ __forceinline__ void load_activations(u32 address, bool live, u32 (&b)[4]) {
+#if N_TILES > 1
+  load_shared_x4(address, b);
+#else
+  asm volatile("{\n"
+               ".reg .pred live;\n"
+               "setp.ne.u32 live, %5, 0;\n"
+               "@live ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+               "}"
+               : "+r"(b[0]), "+r"(b[1]), "+r"(b[2]), "+r"(b[3])
+               : "r"(address), "r"((u32)live)
+               : "memory");
+#endif
+}
 
 __device__ __forceinline__ u32 whole_lines(u32 bytes) { return (bytes + 127) & ~127u; }
 
@@ -75,9 +92,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_unstruc
 
   const int x_row = lane >> 2, x_chunk = lane & 3;
   const bool live = N_TILES > 1 || x_row < p.m;
-  const u32 x_lane = shared_address(smem) + (live ? ZERO_BYTES + x_row * X_PITCH + warp_k * (UNIT * 2) + x_chunk * 16 : 0);
-  const u32 x_step = live ? 64 : 0, x_stage = live ? stage_bytes : 0;
-  const u32 my_table = table + lane % TABLE_COPIES * 8;
+  const u32 x_lane = shared_address(smem) + ZERO_BYTES + x_row * X_PITCH + warp_k * (UNIT * 2) + x_chunk * 16;
 
   u32 turn = 0, buffer = 0;
   for (int group = blockIdx.x; group * BLOCK_ROWS < p.rows; group += gridDim.x, turn ^= 1) {
@@ -96,17 +111,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_unstruc
       if (round >= mine) continue;
       Unit unit;
       slots.open(unit);
-      u32 x_address = x_lane + buffer * x_stage;
-      for_each_step(unit, my_table, [&](int s, const u32(&a)[8]) {
+      const u32 x_address = x_lane + buffer * stage_bytes;
+      const auto multiply = [&](int s, const u32(&a)[8]) {
 #pragma unroll
         for (int nt = 0; nt < N_TILES; ++nt) {
-          u32 b[4];
-          load_shared_x4(x_address + nt * 8 * X_PITCH, b);
+          u32 b[4] = {};
+          load_activations(x_address + nt * 8 * X_PITCH + s * 64, live, b);
           mma_dense(acc[s % CHAINS][0][nt], a[0], a[1], a[2], a[3], b[0], b[1]);
           mma_dense(acc[s % CHAINS][0][nt], a[4], a[5], a[6], a[7], b[2], b[3]);
         }
-        x_address += x_step;
-      });
+      };
+      for_each_step(unit, own_table(table), multiply);
       slots.close(p, sequence, policy);
     }
 #pragma unroll

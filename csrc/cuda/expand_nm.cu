@@ -20,6 +20,16 @@ struct Params {
 
 #define THREADS 256
 
+#if GROUP == 8
+#include "expand.cuh"
+
+// Eight columns of a row, from `column` on.
+__device__ __forceinline__ void store_eight(const Params& p, int row, int column, u32 a, u32 b, u32 c, u32 d) {
+  if (row >= p.rows || column >= p.cols) return; // columns come in groups of eight
+  *(uint4*)(p.dense + (size_t)row * p.cols + column) = make_uint4(a, b, c, d);
+}
+#else
+
 // Four columns of a row, from `column` on.
 __device__ __forceinline__ void store_four(const Params& p, int row, int column, u64 four) {
   if (row >= p.rows || column >= p.cols) return;
@@ -32,26 +42,40 @@ __device__ __forceinline__ void store_four(const Params& p, int row, int column,
   for (int i = 0; i < 4; ++i)
     if (column + i < p.cols) at[i] = (u16)(four >> (16 * i));
 }
+#endif
 
 extern "C" __global__ void __launch_bounds__(THREADS) expand_nm(const __grid_constant__ Params p) {
   release_successor();
-  // The copy before this one may still be read.
-  wait_predecessor();
   const int unit = (blockIdx.x * THREADS + threadIdx.x) / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   if (unit >= p.tiles * p.units) return;
   const int row = unit / p.units * 16 + g, first = unit % p.units * 256;
   const uint4* source = p.weight + (size_t)unit * (9 * 32);
-  const unsigned char* positions = (const unsigned char*)source;
   uint4 values[8];
 #pragma unroll
   for (int s = 0; s < 8; ++s)
     values[s] = source[(1 + s) * 32 + lane];
+  // The copy before this one may still be read.
+  wait_predecessor();
+#if GROUP == 8
+  const uint4 lane_masks = source[lane];
+  const u32 masks[4] = {lane_masks.x, lane_masks.y, lane_masks.z, lane_masks.w};
+  u32 codes[4], a[8];
+#pragma unroll
+  for (int s = 0; s < 8; ++s) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      codes[i] = s % 2 == 0 ? code_selectors(masks[s / 2], i) : codes[i] >> 16;
+    expand_step(values[s], codes, a);
+    store_eight(p, row, first + s * 32 + t * 8, a[0], a[2], a[4], a[6]);
+    store_eight(p, row + 8, first + s * 32 + t * 8, a[1], a[3], a[5], a[7]);
+  }
+#else
+  const unsigned char* positions = (const unsigned char*)source;
 #pragma unroll
   for (int s = 0; s < 8; ++s) {
     const u32 words[4] = {values[s].x, values[s].y, values[s].z, values[s].w};
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#if GROUP == 4
+    for (int half = 0; half < 2; ++half)
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
         const u32 byte = positions[(g * 4 + (s & 1) * 2 + k) * 16 + (s >> 1) * 4 + half * 2 + (t >> 1)],
@@ -60,22 +84,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) expand_nm(const __grid_con
         const u64 four = (u64)(pair & 0xffff) << (16 * (nibble & 3)) | (u64)(pair >> 16) << (16 * (nibble >> 2));
         store_four(p, row + 8 * half, first + s * 32 + k * 16 + t * 4, four);
       }
-#else
-      const u32 mask = positions[lane * 16 + 2 * s + half];
-      const u64 stored = words[2 * half] | (u64)words[2 * half + 1] << 32;
-#pragma unroll
-      for (int part = 0; part < 2; ++part) {
-        u64 four = 0;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int bit = 4 * part + j;
-          // Of a kept column, the values before it are as many as the bits below its own.
-          const u64 value = stored >> (16 * __popc(mask & ((1u << bit) - 1))) & 0xffff;
-          four |= (mask >> bit & 1 ? value : 0) << (16 * j);
-        }
-        store_four(p, row + 8 * half, first + s * 32 + t * 8 + part * 4, four);
-      }
-#endif
-    }
   }
+#endif
 }

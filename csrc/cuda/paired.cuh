@@ -1,4 +1,5 @@
-// Unstructured values: how a warp's units are stored, fetched and expanded. Needs decode_common.cuh, expand.cuh and bulk.cuh before it.
+// Unstructured values: how a warp's units are stored, fetched and expanded. Needs decode_common.cuh, expand.cuh and bulk.cuh
+// before it.
 //
 // Lane (g, t) of a warp owns, of every 32 columns (a step), columns 8t .. 8t + 7 of rows g (octet A) and g + 8 (octet B). An octet's four
 // column pairs take their values from words of two: a pair that keeps both columns from a word of its own, pairs that keep one from a word
@@ -15,6 +16,7 @@
 //            columns [32 lanes] uint8, that of the lane's stream B; words [depth of the unit][32 columns]
 //   offsets  [T * U + 1] where each unit starts, in 16 bytes
 #pragma once
+#include "octets.cuh"
 
 #ifndef SLOTS
 #define SLOTS STAGES // units that a warp has in shared memory or on their way
@@ -26,95 +28,6 @@
 #define SLOT_LEAD 96
 #define WARPS (WARPS_ROW * WARPS_K)
 
-// Table entry for a mask byte and a parity: bytes 0 .. 3 are the words of the four pairs, counted from the one that the parity's half-word
-// lies in, then 8 nibbles, two per pair: what its low and its high half take, 0 nothing, 1 the word's low half, 2 its high half. Bits 6,
-// 14, 22 and 30 of these are the half-words that the octet takes. Copies of the table lie side by side so that lanes read with fewer
-// conflicts.
-#define TABLE_BYTES (512 * 8 * TABLE_COPIES)
-#define LENGTH_BITS 0x40404040u
-
-__device__ __forceinline__ uint2 table_entry(int byte, int parity) {
-  const int kept = __popc(byte), singles = __popc((byte ^ byte >> 1) & 0x55);
-  const int last = (parity + kept - 1) >> 1; // word of a single without a partner
-  u32 places = 0, halves = 0;
-  int next = parity, open = parity - 1, seen = 0;
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const int code = byte >> (2 * j) & 3;
-    int word = 0, low = 0, high = 0;
-    if (code == 3) {
-      word = next++;
-      low = 1;
-      high = 2;
-    } else if (code != 0) {
-      int half = 1;
-      ++seen;
-      if (open >= 0) {
-        word = open;
-        half = 2;
-        open = -1;
-      } else if (seen == singles) {
-        word = last;
-      } else {
-        word = open = next++;
-      }
-      low = code == 1 ? half : 0;
-      high = code == 2 ? half : 0;
-    }
-    places |= (u32)word << (8 * j);
-    halves |= (u32)(low | high << 4) << (8 * j);
-  }
-  // Pairs that keep both columns leave a free half behind.
-  const int length = kept + (singles == 0 && kept != 0 ? parity : 0);
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    halves |= (u32)(length >> i & 1) << (8 * i + 6);
-  return make_uint2(places, halves);
-}
-
-// Every thread of the block calls it.
-__device__ __forceinline__ void fill_table(u32 table) {
-  const int lane = threadIdx.x & 31;
-  for (int first = threadIdx.x & ~31; first < 512; first += THREADS) {
-    const uint2 mine = table_entry((first + lane) >> 1, lane & 1);
-#pragma unroll
-    for (int i = 0; i < TABLE_COPIES; ++i) {
-      const int from = (i * 32 + lane) / TABLE_COPIES;
-      const u32 places = __shfl_sync(0xffffffffu, mine.x, from), halves = __shfl_sync(0xffffffffu, mine.y, from);
-      asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(table + first * (8 * TABLE_COPIES) + (i * 32 + lane) * 8), "r"(places),
-                   "r"(halves)
-                   : "memory");
-    }
-  }
-}
-
-__device__ __forceinline__ u32 dot4(u32 bytes, u32 weights, u32 sum) {
-  asm("dp4a.u32.u32 %0, %1, %2, %0;" : "+r"(sum) : "r"(bytes), "r"(weights));
-  return sum;
-}
-
-// The weights are signed.
-__device__ __forceinline__ u32 dot4_signed(u32 bytes, u32 weights, u32 sum) {
-  asm("dp4a.u32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(bytes), "r"(weights));
-  return sum;
-}
-
-__device__ __forceinline__ uint2 load_entry(u32 address) {
-  uint2 v;
-  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
-  return v;
-}
-
-__device__ __forceinline__ u32 load_word(u32 address) {
-  u32 v;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
-  return v;
-}
-
-// Tables of selector bytes by a nibble of an entry; streams B have their halves exchanged.
-#define HALVES_A 0x00321044u
-#define HALVES_B 0x00103244u
-
 // A unit that has arrived, as one lane sees it. `first` and `second` are where its streams A and B have come to: the shared address of the
 // word, without the column, plus 64 if its first half is taken (A), or less 64, from 64 more (B).
 struct Unit {
@@ -122,75 +35,76 @@ struct Unit {
 };
 
 // Its steps are expanded in three stages, so that the table's and the words' latencies pass while earlier steps are multiplied:
-//   look_up_step   step s + 2: its two table entries
+//   look_up_step   step s + 2: its two octets
 //   load_step      step s + 1: its eight words
 //   place_step     step s:     operand A
-struct Entries {
-  uint2 first, second; // of octets A and B
+struct Octets {
+  Octet first, second; // A and B
 };
 
 struct Step {
-  u32 words[8], halves[2]; // of octets A and B
+  u32 words[8], kinds[2]; // of octets A and B
 };
 
-// Entry of the mask byte at bit `at`; `parity` is 0 or 64, `table` the address of the lane's copy.
-__device__ __forceinline__ uint2 look_up_octet(u32 masks, int at, u32 parity, u32 table) {
-  const u32 row = TABLE_COPIES == 8 ? (parity | table) : parity * TABLE_COPIES / 8 + table;
-  return load_entry(dot4(masks, (u32)(16 * TABLE_COPIES) << at, row));
-}
-
-__device__ __forceinline__ void look_up_step(const Unit& u, int s, u32 table, Entries& e) {
+__device__ __forceinline__ void look_up_step(const Unit& u, int s, u32 own, Octets& o) {
   const u32 masks = u.masks[s / 2];
   const int at = s % 2 * 16;
-  e.first = look_up_octet(masks, at, u.first & 64, table);
-  e.second = look_up_octet(masks, at + 8, ~u.second & 64, table);
+  o.first = look_up_octet(masks, at, u.first & 64, own);
+  o.second = look_up_octet(masks, at + 8, ~u.second & 64, own);
 }
 
-__device__ __forceinline__ void load_step(const Entries& e, Unit& u, Step& step) {
+__device__ __forceinline__ void load_step(const Octets& o, Unit& u, Step& step) {
   const u32 first = (u.first & ~127u) | u.columns[0], second = (u.second & ~127u) | u.columns[1];
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    step.words[j] = load_word(dot4(e.first.x, 128u << (8 * j), first));
-    step.words[4 + j] = load_word(dot4_signed(e.second.x, 128u << (8 * j), second)); // the byte 128 is -128
+    step.words[j] = load_pair<false>(o.first, j, first);
+    step.words[4 + j] = load_pair<true>(o.second, j, second);
   }
-  step.halves[0] = e.first.y;
-  step.halves[1] = e.second.y;
-  u.first = dot4(e.first.y & LENGTH_BITS, 0x08040201u, u.first);
-  u.second = dot4_signed(e.second.y & LENGTH_BITS, 0xf8fcfeffu, u.second);
+  step.kinds[0] = kinds_of(o.first);
+  step.kinds[1] = kinds_of(o.second);
+  u.first = pass_octet<false>(o.first, u.first);
+  u.second = pass_octet<true>(o.second, u.second);
 }
 
 __device__ __forceinline__ void place_step(const Step& step, u32 (&a)[8]) {
+  u32 first[4], second[4];
+  place_octet<false>(step.words, step.kinds[0], first);
+  place_octet<true>(step.words + 4, step.kinds[1], second);
 #pragma unroll
-  for (int octet = 0; octet < 2; ++octet) {
-    const u32 table = octet ? HALVES_B : HALVES_A, halves = step.halves[octet];
-    const u32 s0 = pick(table, table, halves), s1 = pick(table, table, halves >> 16);
-    a[octet] = permute(step.words[4 * octet], s0);
-    a[octet + 2] = permute(step.words[4 * octet + 1], s0 >> 16);
-    a[octet + 4] = permute(step.words[4 * octet + 2], s1);
-    a[octet + 6] = permute(step.words[4 * octet + 3], s1 >> 16);
+  for (int j = 0; j < 4; ++j) {
+    a[2 * j] = first[j];
+    a[2 * j + 1] = second[j];
   }
 }
 
-// All steps of a unit: calls multiply(s, a) for each in order, a held until the call after the next.
+// All steps of a unit: calls multiply(s, a) for each in order, a held until the call after the next. `own` is own_table.
 template <typename Multiply>
-__device__ __forceinline__ void for_each_step(Unit& u, u32 table, Multiply multiply) {
-  Entries entries[2];
+__device__ __forceinline__ void for_each_step(Unit& u, u32 own, Multiply multiply) {
+  Octets octets[2];
   Step steps[2];
   u32 a[2][8];
-  look_up_step(u, 0, table, entries[0]);
-  load_step(entries[0], u, steps[0]);
-  if (1 < STEPS) look_up_step(u, 1, table, entries[1]);
+  look_up_step(u, 0, own, octets[0]);
+  load_step(octets[0], u, steps[0]);
+  if (1 < STEPS) look_up_step(u, 1, own, octets[1]);
 #pragma unroll
   for (int s = 0; s < STEPS; ++s) {
-    if (s + 1 < STEPS) load_step(entries[(s + 1) % 2], u, steps[(s + 1) % 2]);
-    if (s + 2 < STEPS) look_up_step(u, s + 2, table, entries[s % 2]);
+    if (s + 1 < STEPS) load_step(octets[(s + 1) % 2], u, steps[(s + 1) % 2]);
+    if (s + 2 < STEPS) look_up_step(u, s + 2, own, octets[s % 2]);
     place_step(steps[s % 2], a[s % 2]);
     multiply(s, a[s % 2]);
   }
 }
 
+// Offsets are few and read before anything else can start: they stay in L2 from one product to the next.
+__device__ __forceinline__ u32 load_kept(const u32* p, u64 policy) {
+  u32 v;
+  asm volatile("ld.global.nc.L2::cache_hint.u32 %0, [%1], %2;" : "=r"(v) : "l"(p), "l"(policy));
+  return v;
+}
+
 // A warp's slots, which units go through in order.
 struct Slots {
+  u64 keep;
   u32 slots, slot_bytes, barriers; // shared addresses of the warp's own
   u32 slot, parity;                // of the oldest unit
   u32 depths[SLOTS];               // of the units in the slots, oldest first
@@ -201,6 +115,7 @@ struct Slots {
     slots = all_slots + warp * SLOTS * slot_bytes + SLOT_LEAD;
     barriers = all_barriers + warp * SLOTS * 8;
     slot = parity = 0;
+    keep = activation_policy();
     if ((threadIdx.x & 31) == 0) {
       for (int s = 0; s < SLOTS; ++s)
         barrier_init(barriers + 8 * s, COPY_ARRIVALS);
@@ -233,8 +148,8 @@ struct Slots {
   __device__ __forceinline__ void announce(const Params& p, Sequence& units) {
     from = to = 0;
     if (!units.any) return;
-    from = __ldg(p.offsets + units.unit);
-    to = __ldg(p.offsets + units.unit + 1);
+    from = load_kept(p.offsets + units.unit, keep);
+    to = load_kept(p.offsets + units.unit + 1, keep);
     units.advance(p);
   }
 

@@ -2,78 +2,100 @@
 // the frame of prefill_common.cuh.
 //
 // `weight` is the layout of decode_nm.cu: lane (g, t) has columns 8t .. 8t + 7 of a step of 32, one group of eight, of rows g and g + 8.
-// Operand A takes a pair of columns from each group instead, so the four lanes of a quad exchange pairs after expanding. A step costs
-// a warp about 60 integer operations and 8 shuffles while the tensor cores take 256 clocks for its products with 256 activation rows.
+// Operand A takes a pair of columns from each group instead, so the four lanes of a quad exchange pairs after expanding. A step costs a
+// warp about 80 instructions, 8 of them shuffles, while the tensor cores take 256 clocks for its products with 256 activation rows.
+//   BATCH   steps whose products go to the tensor cores together, 1 or 2
+//   SLOTS   units of its row tile that a warp has in shared memory, behind the frame's, or on their way
 #include "prefill_common.cuh"
 #include "expand.cuh"
+#include "prefill_units.cuh"
 
-#define UNIT_QUADS (9 * 32)
+#if M_BLOCKS != 1
+#error "a warp of prefill_48 expands one row tile"
+#endif
+#define UNIT_BYTES (9 * 512)
+#define SLOT_BARRIERS_AT ((BARRIERS_AT + 16 * STAGES + 127) / 128 * 128)
+#define SLOTS_AT (SLOT_BARRIERS_AT + (8 * 4 * CONSUMERS * SLOTS + 127) / 128 * 128)
 
 struct Weights {
-  static constexpr int SETS = 4;
-  const uint4* source[M_BLOCKS]; // of the unit at hand, this lane's
-  uint4 values[SETS];
-  u32 positions[M_BLOCKS][4]; // a word for two steps
-
-  __device__ __forceinline__ Weights(const Params&, u32, int, int, int) {}
+  u32 slots, barriers, slot, parity;
+  u64 policy;
+  Sequence sequence;
 
   static __device__ __forceinline__ void produce(const Params&, u32, u32, int, int) {}
 
-  __device__ __forceinline__ void load_positions(int mb, int w, int ahead) {
-    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(positions[mb][w]) : "l"((const u32*)(source[mb] + ahead) + w));
+  // Units come from tile to tile by themselves.
+  __device__ __forceinline__ void start(const Params&, int, int) {}
+
+  // By one lane.
+  __device__ __forceinline__ void fetch(const Params& p, u32 into) const {
+    barrier_expect(barriers + 8 * into, UNIT_BYTES);
+    bulk_copy(slots + into * UNIT_BYTES, p.weight + sequence.unit * (UNIT_BYTES / 16), UNIT_BYTES, barriers + 8 * into, policy);
   }
 
-  // Values of step i / M_BLOCKS of the unit at hand, or of the one `ahead` from its last on.
-  __device__ __forceinline__ void load_values(int i, int ahead) {
-    const int s = i / M_BLOCKS;
-    values[i % SETS] = load_weight(source[i % M_BLOCKS] + (s < 8 ? 0 : ahead) + (1 + s % 8) * 32);
-  }
-
-  __device__ __forceinline__ void start(const Params& p, int tile, int unit) {
-#pragma unroll
-    for (int mb = 0; mb < M_BLOCKS; ++mb) {
-      // Tiles behind the last row read the last tile again; their sums are not stored.
-      const int of = min(tile + 4 * mb, (p.rows + 15) / 16 - 1);
-      source[mb] = p.weight + ((size_t)of * p.units + unit) * UNIT_QUADS + (threadIdx.x & 31);
-#pragma unroll
-      for (int w = 0; w < 4; ++w)
-        load_positions(mb, w, 0);
+  __device__ __forceinline__ Weights(const Params& p, u32 smem, int fragment, int begin, int rounds)
+      : slot(0), parity(0), policy(shared_weight_policy()), sequence(p, fragment, begin, rounds) {
+    const int warp = threadIdx.x >> 5;
+    const bool first = (threadIdx.x & 31) == 0;
+    slots = smem + SLOTS_AT + warp * SLOTS * UNIT_BYTES;
+    barriers = smem + SLOT_BARRIERS_AT + warp * SLOTS * 8;
+    if (first) {
+      for (int s = 0; s < SLOTS; ++s)
+        barrier_init(barriers + 8 * s, 1);
+      barrier_init_fence();
     }
-#pragma unroll
-    for (int i = 0; i < SETS; ++i)
-      load_values(i, 0);
+    __syncwarp();
+    for (int s = 0; s < SLOTS && sequence.any; ++s) {
+      if (first) fetch(p, s);
+      sequence.advance(p);
+    }
   }
 
   __device__ __forceinline__ void multiply_all(float (&d)[M_BLOCKS][N_TILES][4], const Params& p, Buffers& x, int rounds) {
-    u32 a[2][8], codes[M_BLOCKS][4];
-    u32 buffer = x.open();
-    for (int round = 0; round < rounds; ++round) {
-      // Behind the last unit it is read again, to no purpose: loads under a condition would make the compiler wait for each product.
-      const int ahead = round + 1 < rounds ? UNIT_QUADS : 0;
+    u32 a[2][BATCH][8], codes[4], buffer = 0;
+    int left = rounds;
+    do {
+      const u32 unit = slots + slot * UNIT_BYTES + (threadIdx.x & 31) * 16;
+      barrier_wait(barriers + 8 * slot, parity);
+      u32 positions[4], values[2][4];
+      load_shared_x4(unit, positions);
+      load_shared_x4(unit + 512, values[0]);
 #pragma unroll
-      for (int i = 0; i < 8 * M_BLOCKS; ++i) {
-        const int s = i / M_BLOCKS, mb = i % M_BLOCKS;
-        const bool last = s % 2 == 1 && mb == M_BLOCKS - 1;
+      for (int batch = 0; batch < 8 / BATCH; ++batch) {
+        u32(&now)[BATCH][8] = a[batch % 2];
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
-          codes[mb][j] = s % 2 == 0 ? code_selectors(positions[mb][s / 2], j) : codes[mb][j] >> 16;
-        expand_step(values[i % SETS], codes[mb], a[i % 2]);
-        exchange_pairs(a[i % 2]);
-        load_values(i + SETS, ahead);
-        if (s % 2 == 1) load_positions(mb, s / 2, ahead);
-        const u32 b = buffer + s % 2 * 64;
-        const u32(&now)[8] = a[i % 2];
+        for (int i = 0; i < BATCH; ++i) {
+          const int s = batch * BATCH + i;
+          if (s + 1 < 8) load_shared_x4(unit + (s + 2) * 512, values[(s + 1) % 2]);
+          const u32(&v)[4] = values[s % 2];
+#pragma unroll
+          for (int j = 0; j < 4; ++j)
+            codes[j] = s % 2 == 0 ? code_selectors(positions[s / 2], j) : codes[j] >> 16;
+          expand_step(make_uint4(v[0], v[1], v[2], v[3]), codes, now[i]);
+          exchange_pairs(now[i]);
+        }
+        const bool first = batch * BATCH % 2 == 0, last = (batch + 1) * BATCH % 2 == 0;
+        if (first) buffer = x.open();
         fence_registers();
-        wgmma_dense(d[mb], now[0], now[1], now[2], now[3], describe(b));
-        wgmma_dense(d[mb], now[4], now[5], now[6], now[7], describe(b + 32));
-        commit_products();
-        x.close(s % 2 == 0 && mb == 0, last);
-        if (last && (s < 7 || ahead)) buffer = x.open();
-      }
 #pragma unroll
-      for (int mb = 0; mb < M_BLOCKS; ++mb)
-        source[mb] += UNIT_QUADS;
-    }
+        for (int i = 0; i < BATCH; ++i) {
+          const u32 b = buffer + (batch * BATCH + i) % 2 * 64;
+          wgmma_dense(d[0], now[i][0], now[i][1], now[i][2], now[i][3], describe(b));
+          wgmma_dense(d[0], now[i][4], now[i][5], now[i][6], now[i][7], describe(b + 32));
+        }
+        commit_products();
+        x.close(first, last);
+      }
+      __syncwarp();
+      if (sequence.any) {
+        if ((threadIdx.x & 31) == 0) fetch(p, slot);
+        sequence.advance(p);
+      }
+      if (++slot == SLOTS) {
+        slot = 0;
+        parity ^= 1;
+      }
+    } while (--left != 0);
   }
 };
 

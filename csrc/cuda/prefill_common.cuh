@@ -3,15 +3,16 @@
 // W is operand A of wgmma and comes from registers, x is operand B, so a block computes yᵀ: a tile of TILE_ROWS weight rows by
 // TILE_TOKENS activation rows. Compile-time macros, set by the host:
 //   ELEM_BF16    1 for bfloat16, 0 for float16 (weights, x, bias, residual and y alike; sums are float32)
+//   VALUES       1: weights and x are e4m3; 2: int8, and sums int32; then each row of W and of x has a scale. 0: as above
 //   N_TILES      n-tiles of 8 activation rows of a block's tile
 //   M_BLOCKS     m64 blocks of weight rows held by a consumer warpgroup
 //   CONSUMERS    consumer warpgroups
-//   STAGES       buffers of 64 columns
+//   STAGES       buffers of 128 bytes of columns, STAGE_COLUMNS
 //   CLUSTER      blocks side by side along the rows that share their activations: each fetches a part of a buffer for all
 //   SPLITS       blocks of a cluster that share the columns of one tile; their sums meet in distributed shared memory
 //   MIN_BLOCKS   blocks that must fit one multiprocessor (bounds the registers)
 //
-//              TILE_TOKENS                      x --tensor copies, multicast--> STAGES buffers [TILE_TOKENS][64 columns], 16-byte chunks
+//              TILE_TOKENS                      x --tensor copies, multicast--> STAGES buffers [TILE_TOKENS][128 bytes], 16-byte chunks
 //        +-----------+-----------+                       exchanged by the row modulo 8, as wgmma reads them
 //        | block     | block     |              W --the kernel's own way--> registers of the consumers
 //   rows | of tile 0 | of tile 2 |              sums --transposed through shared memory, bias, ReLU, residual--> y, row-major
@@ -28,6 +29,9 @@
 //   void multiply_all(d, p, buffers, rounds)   adds the products of `rounds` units
 #pragma once
 
+#ifndef VALUES
+#define VALUES 0
+#endif
 #include "element.cuh"
 #include "bulk.cuh"
 #include "wgmma.cuh"
@@ -39,6 +43,7 @@
 #ifndef UNIT
 #define UNIT 256
 #endif
+#define STAGE_COLUMNS (VALUES ? 128 : 64)
 #define TILE_TOKENS (8 * N_TILES)
 #define TILE_ROWS (64 * M_BLOCKS * CONSUMERS)
 #define TILE_FRAGMENTS (TILE_ROWS / 16)
@@ -61,12 +66,14 @@
 static_assert(TILE_TOKENS % CHUNK_TOKENS == 0 && TILE_TOKENS % (8 * CLUSTER) == 0, "a tile has whole chunks of activation rows");
 
 struct alignas(64) Params {
-  u64 x[16];           // tensor map of x (m, cols): boxes of 64 columns by TILE_TOKENS / CLUSTER rows, 128-byte exchange pattern
-  const uint4* weight; // the kernel's own layout
-  const u32* offsets;  // unstructured only, as is depth: see paired.cuh
-  const u16* bias;     // (rows,) or null
-  const u16* residual; // (m, rows) contiguous or null; added last
-  u16* y;              // (m, rows) contiguous
+  u64 x[16];                  // tensor map of x (m, cols): boxes of STAGE_COLUMNS by TILE_TOKENS / CLUSTER rows, 128-byte exchange pattern
+  const uint4* weight;        // the kernel's own layout
+  const u32* offsets;         // unstructured only, as is depth: see paired.cuh
+  const u16* bias;            // (rows,) or null
+  const u16* residual;        // (m, rows) contiguous or null; added last
+  u16* y;                     // (m, rows) contiguous
+  const float* weight_scales; // (rows,), where VALUES is not 0
+  const float* x_scales;      // (m,), readable up to a multiple of TILE_TOKENS
   int m, rows;
   int units;    // ceil(cols / UNIT)
   int relu;     // clamp at 0 after the bias, before the residual
@@ -178,8 +185,8 @@ struct Buffers {
 #endif
   }
 
-  // After a product has been committed: waits for those before it. With the `first` product of a buffer the one before it is given back,
-  // after the `last` the next one is due.
+  // After products have been committed: waits for those before them. With the `first` of a buffer the one before it is given back, after
+  // the `last` the next one is due.
   __device__ __forceinline__ void close(bool first, bool last) {
     wait_products<1>();
     if (first) {
@@ -266,9 +273,30 @@ __device__ __forceinline__ void write_chunk(const Params& p, u32 buffer, int tok
   }
 }
 
+// What a lane's sums of two weight rows, `row` and 8 below it, count for.
+struct Scales {
+#if VALUES
+  float weight[2];
+  __device__ __forceinline__ Scales(const Params& p, int row)
+      : weight{row < p.rows ? p.weight_scales[row] : 0.0f, row + 8 < p.rows ? p.weight_scales[row + 8] : 0.0f} {}
+#else
+  __device__ __forceinline__ Scales(const Params&, int) {}
+#endif
+
+  // The two sums of weight row `half`, whose n-tile begins at activation row `token`.
+  __device__ __forceinline__ float2 apply(const Params& p, const Sum (&sums)[4], int half, int token) const {
+    float2 v = make_float2((float)sums[2 * half], (float)sums[2 * half + 1]);
+#if VALUES
+    const float2 x = *(const float2*)(p.x_scales + token + (threadIdx.x & 3) * 2);
+    v.x *= weight[half] * x.x, v.y *= weight[half] * x.y;
+#endif
+    return v;
+  }
+};
+
 // Rounds the tile's sums and writes them to y: a warp's fragments of yᵀ are stored transposed into chunks of shared memory, of which
 // whole lines of y are written. `row` and `token` are the place of the warpgroup's first sum.
-__device__ __forceinline__ void store_tile(const Params& p, u32 staging, const float (&d)[M_BLOCKS][N_TILES][4], int row, int token) {
+__device__ __forceinline__ void store_tile(const Params& p, u32 staging, const Sum (&d)[M_BLOCKS][N_TILES][4], int row, int token) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3;
   // Of the four 8 x 8 matrices that a warp moves at a time: activation row and chunk of 16 bytes for which the lane gives the address.
   // Another chunk may still be read, which was the last of a tile.
@@ -283,6 +311,7 @@ __device__ __forceinline__ void store_tile(const Params& p, u32 staging, const f
       if (mine < p.rows) bias[0] = to_float(p.bias[mine]);
       if (mine + 8 < p.rows) bias[1] = to_float(p.bias[mine + 8]);
     }
+    const Scales scales(p, mine);
 #pragma unroll
     for (int chunk = 0; chunk < TILE_TOKENS / CHUNK_TOKENS; ++chunk) {
       const int n = token + chunk * CHUNK_TOKENS;
@@ -303,8 +332,9 @@ __device__ __forceinline__ void store_tile(const Params& p, u32 staging, const f
                        : "memory");
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float (&sums)[4] = d[mb][chunk * (CHUNK_TOKENS / 8) + pair * 2 + i / 2];
-          float low = sums[i % 2 * 2] + bias[i % 2], high = sums[i % 2 * 2 + 1] + bias[i % 2];
+          const int nt = chunk * (CHUNK_TOKENS / 8) + pair * 2 + i / 2;
+          const float2 sums = scales.apply(p, d[mb][nt], i % 2, token + nt * 8);
+          float low = sums.x + bias[i % 2], high = sums.y + bias[i % 2];
           if (p.relu) low = fmaxf(low, 0.0f), high = fmaxf(high, 0.0f);
           if (p.residual) low += to_float((u16)held[i]), high += to_float((u16)(held[i] >> 16));
           v[i] = pack_pair(low, high);
@@ -328,55 +358,78 @@ __device__ __forceinline__ float4 cluster_read(u32 address, u32 rank) {
   return v;
 }
 
-// Puts a warpgroup's sums into shared memory, [TILE_TOKENS][SUMS_PITCH]; `row` counts from the tile's first.
-__device__ __forceinline__ void collect(float* sums, const float (&d)[M_BLOCKS][N_TILES][4], int row) {
+// Puts a warpgroup's sums into shared memory, [TILE_TOKENS][SUMS_PITCH]; `above` rows of the tile, which begins at `row` and `token`, are
+// before its own.
+__device__ __forceinline__ void collect(const Params& p, float* sums, const Sum (&d)[M_BLOCKS][N_TILES][4], int above, int row, int token) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3;
 #pragma unroll
-  for (int mb = 0; mb < M_BLOCKS; ++mb)
+  for (int mb = 0; mb < M_BLOCKS; ++mb) {
+    const int mine = above + mb * 64 + warp * 16 + (lane >> 2);
+    const Scales scales(p, row + mine);
 #pragma unroll
     for (int nt = 0; nt < N_TILES; ++nt)
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        sums[(nt * 8 + (lane & 3) * 2 + (i & 1)) * SUMS_PITCH + row + mb * 64 + warp * 16 + (lane >> 2) + (i >> 1) * 8] = d[mb][nt][i];
+      for (int half = 0; half < 2; ++half) {
+        const float2 v = scales.apply(p, d[mb][nt], half, token + nt * 8);
+        float* target = sums + (nt * 8 + (lane & 3) * 2) * SUMS_PITCH + mine + half * 8;
+        target[0] = v.x, target[SUMS_PITCH] = v.y;
+      }
+  }
+}
+
+// Adds up four weight rows of activation row n, from `row` on, and writes them to y.
+__device__ __forceinline__ void store_four(const Params& p, const float4 (&part)[SPLITS], int n, int row) {
+  if (row >= p.rows) return;
+  float v[4] = {};
+#pragma unroll
+  for (int s = 0; s < SPLITS; ++s)
+    v[0] += part[s].x, v[1] += part[s].y, v[2] += part[s].z, v[3] += part[s].w;
+  const size_t at = (size_t)n * p.rows + row;
+  u16 bias[4] = {}, residual[4] = {};
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (row + i < p.rows) {
+      if (p.bias) bias[i] = p.bias[row + i];
+      if (p.residual && !p.y_vector) residual[i] = p.residual[at + i];
+    }
+  if (p.residual && p.y_vector) *(uint2*)residual = *(const uint2*)(p.residual + at);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    v[i] += to_float(bias[i]);
+    if (p.relu) v[i] = fmaxf(v[i], 0.0f);
+    if (p.residual) v[i] += to_float(residual[i]);
+  }
+  const u32 pairs[2] = {pack_pair(v[0], v[1]), pack_pair(v[2], v[3])};
+  if (p.y_vector) {
+    *(uint2*)(p.y + at) = make_uint2(pairs[0], pairs[1]);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (row + i < p.rows) p.y[at + i] = (u16)(pairs[i / 2] >> 16 * (i % 2));
 }
 
 // Adds up this block's share of what the splits have collected and writes it to y.
 __device__ __forceinline__ void reduce_and_store(const Params& p, const float* sums, int row, int token) {
   constexpr int FOURS = TILE_ROWS / 4;
   const int rank = blockIdx.y, column = blockIdx.x % CLUSTER, count = min(TILE_TOKENS, p.m - token) * FOURS;
-  for (int e = rank * (128 * CONSUMERS) + threadIdx.x; e < count; e += SPLITS * 128 * CONSUMERS) {
-    const int n = e / FOURS, four = e % FOURS * 4, r = row + four;
-    const u32 address = shared_address(sums + n * SUMS_PITCH + four);
-    float4 part[SPLITS];
+  constexpr int STRIDE = SPLITS * 128 * CONSUMERS;
+  // As many reads under way as registers allow: another block's memory is far.
+  constexpr int FLIGHT = SPLITS > 2 ? 4 : 8;
+  for (int first = rank * (128 * CONSUMERS) + threadIdx.x; first < count; first += FLIGHT * STRIDE) {
+    float4 part[FLIGHT][SPLITS];
 #pragma unroll
-    for (int s = 0; s < SPLITS; ++s)
-      part[s] = cluster_read(address, s * CLUSTER + column);
-    float v[4] = {};
+    for (int f = 0; f < FLIGHT; ++f) {
+      const int e = min(first + f * STRIDE, count - 1);
+      const u32 address = shared_address(sums + e / FOURS * SUMS_PITCH + e % FOURS * 4);
 #pragma unroll
-    for (int s = 0; s < SPLITS; ++s)
-      v[0] += part[s].x, v[1] += part[s].y, v[2] += part[s].z, v[3] += part[s].w;
-    const size_t at = (size_t)(token + n) * p.rows + r;
-    u16 bias[4] = {}, residual[4] = {};
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (r + i < p.rows) {
-        if (p.bias) bias[i] = p.bias[r + i];
-        if (p.residual && !p.y_vector) residual[i] = p.residual[at + i];
-      }
-    if (p.residual && p.y_vector && r < p.rows) *(uint2*)residual = *(const uint2*)(p.residual + at);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      v[i] += to_float(bias[i]);
-      if (p.relu) v[i] = fmaxf(v[i], 0.0f);
-      if (p.residual) v[i] += to_float(residual[i]);
+      for (int s = 0; s < SPLITS; ++s)
+        part[f][s] = cluster_read(address, s * CLUSTER + column);
     }
-    const u32 pairs[2] = {pack_pair(v[0], v[1]), pack_pair(v[2], v[3])};
-    if (p.y_vector) {
-      if (r < p.rows) *(uint2*)(p.y + at) = make_uint2(pairs[0], pairs[1]);
-    } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (r + i < p.rows) p.y[at + i] = (u16)(pairs[i / 2] >> 16 * (i % 2));
+    for (int f = 0; f < FLIGHT; ++f) {
+      const int e = first + f * STRIDE;
+      if (e < count) store_four(p, part[f], token + e / FOURS, row + e % FOURS * 4);
     }
   }
 }
@@ -393,13 +446,13 @@ __device__ __forceinline__ void produce(const Params& p, u32 smem, int begin, in
   for (Schedule tiles(p); tiles.any(); tiles.advance()) {
     int row, token;
     tiles.place(row, token);
-    for (int stage = begin * (UNIT / 64); stage < (begin + rounds) * (UNIT / 64); ++stage) {
+    for (int stage = begin * (UNIT / STAGE_COLUMNS); stage < (begin + rounds) * (UNIT / STAGE_COLUMNS); ++stage) {
       const u32 buffer = smem + ring.slot * STAGE_BYTES, barrier = full + 8 * ring.slot;
       barrier_wait(empty + 8 * ring.slot, ring.parity);
       if (lane == 0) {
         barrier_expect(barrier, STAGE_BYTES);
-        tensor_copy(buffer + part * (X_STAGE_BYTES / CLUSTER), p.x, stage * 64, token + part * (TILE_TOKENS / CLUSTER), barrier, mask,
-                    policy);
+        tensor_copy(buffer + part * (X_STAGE_BYTES / CLUSTER), p.x, stage * STAGE_COLUMNS, token + part * (TILE_TOKENS / CLUSTER), barrier,
+                    mask, policy);
       }
       __syncwarp();
       Weights::produce(p, buffer + X_STAGE_BYTES, barrier, row / 16, stage);
@@ -421,14 +474,22 @@ __device__ __forceinline__ void consume(const Params& p, int begin, int rounds) 
   weights.start(p, row / 16 + fragment, begin);
   bool first = true;
   while (true) {
-    float d[M_BLOCKS][N_TILES][4] = {};
+    Sum d[M_BLOCKS][N_TILES][4] = {};
     weights.multiply_all(d, p, buffers, rounds);
     buffers.finish();
+    // Nothing that reads the sums may move up before the wait.
+#pragma unroll
+    for (int mb = 0; mb < M_BLOCKS; ++mb)
+#pragma unroll
+      for (int nt = 0; nt < N_TILES; ++nt)
+        asm volatile(""
+                     : SUM_REGISTER(d[mb][nt][0]), SUM_REGISTER(d[mb][nt][1]), SUM_REGISTER(d[mb][nt][2]),
+                       SUM_REGISTER(d[mb][nt][3])::"memory");
     if (first) wait_predecessor();
     first = false;
 #if SPLITS > 1
     cluster_sync();
-    collect((float*)dynamic, d, above);
+    collect(p, (float*)dynamic, d, above, row, token);
     cluster_sync();
     reduce_and_store(p, (const float*)dynamic, row, token);
     return;

@@ -1,15 +1,24 @@
 // y = x · Wᵀ for 2:4 weights and many activation rows on Hopper (sm_90a): sparse wgmma over the frame of prefill_common.cuh.
 //
-// `weight` is the layout of decode_nm.cu: a lane's 16 bytes of a step are its part of operand A.
-//   A_SHARED 0: they go from memory straight into registers, three products ahead
-//   A_SHARED 1: bulk copies bring them into the buffers of x, 1 KB for each row tile of 16, and each is read one product ahead
+// `weight`, in uint4, for T = ceil(rows / 16) row tiles and U = ceil(cols / 256) units: [T][U][1 + STEPS][32 lanes], chunk 0 the lane's
+// positions for the whole unit, chunk 1 + s its part of operand A in step s.
+//   16-bit values: 8 steps of 32 columns, the layout of decode_nm.cu; a word of positions serves two steps
+//   8-bit values: 4 steps of 64 columns; word s holds, of step s and for lane (g, q), row g + 8 (q & 1) and columns 32 (q / 2) on
+//   BATCH       products of a warpgroup that go to the tensor cores together, a divisor of 2 * M_BLOCKS
+//   A_SHARED 0: they go from memory straight into registers, three products or a batch ahead
+//   A_SHARED 1: bulk copies bring them into the buffers of x, 1 KB for each row tile of 16, and they are read a batch ahead
 #if A_SHARED
 #define WEIGHT_STAGE_BYTES (4 * M_BLOCKS * CONSUMERS * 1024)
 #endif
 #include "prefill_common.cuh"
 
-// Uint4 of one row tile's unit: positions, then eight steps of values.
-#define UNIT_QUADS (9 * 32)
+#define STEPS (VALUES ? 4 : 8)
+// Uint4 of one row tile's unit.
+#define UNIT_QUADS ((1 + STEPS) * 32)
+// Steps that a word of positions serves.
+#define WORD_STEPS (VALUES ? 1 : 2)
+// Products of a warpgroup in a unit, of which BATCH at a time go to the tensor cores.
+#define PRODUCTS (STEPS * M_BLOCKS)
 
 __device__ __forceinline__ const uint4* unit_of(const Params& p, int tile, int unit) {
   // Tiles behind the last row read the last tile again; their sums are not stored.
@@ -17,14 +26,11 @@ __device__ __forceinline__ const uint4* unit_of(const Params& p, int tile, int u
 }
 
 struct Weights {
-#if A_SHARED
-  static constexpr int SETS = 2;
-#else
-  static constexpr int SETS = 4;
-#endif
+  // Operands in registers: of products under way, and loaded ahead.
+  static constexpr int SETS = A_SHARED || BATCH > 1 ? 2 * BATCH : 4;
   const uint4* source[M_BLOCKS]; // of the unit at hand, this lane's
   uint4 values[SETS];
-  u32 positions[M_BLOCKS][4]; // a word for two steps
+  u32 positions[M_BLOCKS][4];
 
   __device__ __forceinline__ Weights(const Params&, u32, int, int, int) {}
 
@@ -34,33 +40,35 @@ struct Weights {
     if (i < TILE_FRAGMENTS) {
       u64 policy;
       asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-      bulk_copy(target + i * 1024, unit_of(p, tile + i, stage / 4) + (1 + stage % 4 * 2) * 32, 1024, barrier, policy);
+      bulk_copy(target + i * 1024, unit_of(p, tile + i, stage / (STEPS / 2)) + (1 + stage % (STEPS / 2) * 2) * 32, 1024, barrier, policy);
     }
 #endif
   }
 
-  // The word of steps 2w and 2w + 1 of the unit at hand, or of the one `ahead`. Its line is kept in L1 for the other words.
-  __device__ __forceinline__ void load_positions(int mb, int w, int ahead) {
-    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(positions[mb][w]) : "l"((const u32*)(source[mb] + ahead) + w));
+  // Word w of the positions of the unit at hand, or of the one `ahead`. Its line is kept in L1 for the other words.
+  __device__ __forceinline__ void load_positions(int w, int ahead) {
+#pragma unroll
+    for (int mb = 0; mb < M_BLOCKS; ++mb)
+      asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(positions[mb][w]) : "l"((const u32*)(source[mb] + ahead) + w));
   }
 
   // Operand A of product i of the unit at hand, or of the one `ahead` from its last on.
   __device__ __forceinline__ void load_values(int i, int ahead) {
     const int s = i / M_BLOCKS;
-    values[i % SETS] = load_weight(source[i % M_BLOCKS] + (s < 8 ? 0 : ahead) + (1 + s % 8) * 32);
+    values[i % SETS] = load_weight(source[i % M_BLOCKS] + (s < STEPS ? 0 : ahead) + (1 + s % STEPS) * 32);
   }
 
   __device__ __forceinline__ void start(const Params& p, int tile, int unit) {
 #pragma unroll
     for (int mb = 0; mb < M_BLOCKS; ++mb) {
       source[mb] = unit_of(p, tile + 4 * mb, unit) + (threadIdx.x & 31);
-#pragma unroll
-      for (int w = 0; w < 4; ++w)
-        load_positions(mb, w, 0);
     }
+#pragma unroll
+    for (int w = 0; w < 4; ++w)
+      load_positions(w, 0);
 #if !A_SHARED
 #pragma unroll
-    for (int i = 0; i < SETS - 1; ++i)
+    for (int i = 0; i < SETS - BATCH; ++i)
       load_values(i, 0);
 #endif
   }
@@ -72,37 +80,46 @@ struct Weights {
     values[i % SETS] = make_uint4(v[0], v[1], v[2], v[3]);
   }
 
-  __device__ __forceinline__ void multiply_all(float (&d)[M_BLOCKS][N_TILES][4], const Params& p, Buffers& x, int rounds) {
+  __device__ __forceinline__ void multiply_all(Sum (&d)[M_BLOCKS][N_TILES][4], const Params& p, Buffers& x, int rounds) {
     u32 buffer = x.open();
 #if A_SHARED
-    read_values(buffer, 0);
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i)
+      read_values(buffer, i);
 #endif
     for (int round = 0; round < rounds; ++round) {
       // Behind the last unit it is read again, to no purpose: loads under a condition would make the compiler wait for each product.
       const int ahead = round + 1 < rounds ? UNIT_QUADS : 0;
 #pragma unroll
-      for (int i = 0; i < 8 * M_BLOCKS; ++i) {
-        const int s = i / M_BLOCKS, mb = i % M_BLOCKS;
-        const bool last = s % 2 == 1 && mb == M_BLOCKS - 1;
-        const u64 b = describe(buffer + s % 2 * 64);
+      for (int first = 0; first < PRODUCTS; first += BATCH) {
         fence_registers();
-        if (s % 2 == 0)
-          wgmma_sparse<0>(d[mb], values[i % SETS], b, positions[mb][s / 2]);
-        else
-          wgmma_sparse<1>(d[mb], values[i % SETS], b, positions[mb][s / 2]);
-        commit_products();
-        x.close(s % 2 == 0 && mb == 0, last);
-        if (last && (s < 7 || ahead)) buffer = x.open();
-#if A_SHARED
-        read_values(buffer, (i + 1) % (8 * M_BLOCKS));
-#else
-        load_values(i + SETS - 1, ahead);
-#endif
-        // The last products that read a word are over a step later.
-        if (s % 2 == 0 && mb == M_BLOCKS - 1) {
 #pragma unroll
-          for (int other = 0; other < M_BLOCKS; ++other)
-            load_positions(other, (s / 2 + 3) % 4, s == 0 ? 0 : ahead);
+        for (int i = first; i < first + BATCH; ++i) {
+          const int s = i / M_BLOCKS, mb = i % M_BLOCKS;
+          const u64 b = describe(buffer + s % 2 * 64);
+          const u32 word = positions[mb][s / WORD_STEPS];
+          if (s % WORD_STEPS == 0)
+            wgmma_sparse<0>(d[mb], values[i % SETS], b, word);
+          else
+            wgmma_sparse<1>(d[mb], values[i % SETS], b, word);
+        }
+        commit_products();
+        const bool last = (first + BATCH) % (2 * M_BLOCKS) == 0;
+        x.close(first % (2 * M_BLOCKS) == 0, last);
+        if (last && (first + BATCH < PRODUCTS || ahead)) buffer = x.open();
+#pragma unroll
+        for (int i = first; i < first + BATCH; ++i)
+#if A_SHARED
+          read_values(buffer, (i + BATCH) % PRODUCTS);
+#else
+          load_values(i + SETS - BATCH, ahead);
+#endif
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          // Once no product under way reads it: those of the last batch are one batch behind.
+          const int over = (w + 1) * WORD_STEPS * M_BLOCKS;
+          if (over > first - BATCH && over <= first) load_positions(w, ahead);
+          if (first == 0 && over > PRODUCTS - BATCH) load_positions(w, 0);
         }
       }
 #pragma unroll

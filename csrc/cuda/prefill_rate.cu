@@ -1,21 +1,17 @@
-// How fast sparse wgmma runs from registers and from shared memory, alone and beside the traffic of a prefill kernel; for benches.
+// How fast sparse wgmma runs from registers and from shared memory, with operands that stay or are loaded for each step; for benches.
 //
 // One block per multiprocessor; each of GROUPS warpgroups multiplies the same operands again and again, m64 x n(8 * N_TILES) x k32.
 //   A_FROM   0 operand A in registers, the same in each step; 1 in shared memory;
 //            2 in registers that are loaded from shared memory for each step; 3 from memory (L2), three steps ahead
-//   COPY     bytes that a bulk copy writes into shared memory for each step of the block (all warpgroups together), 0 for none
 #define ELEM_BF16 1
 #include "element.cuh"
-#include "bulk.cuh"
 #include "wgmma.cuh"
 
 #define THREADS (128 * GROUPS)
 #define B_BYTES (8 * N_TILES * 128)
 #define A_AT (2 * B_BYTES)
 #define A_BYTES (GROUPS * 8192)
-#define COPY_AT (A_AT + A_BYTES)
-#define SLOTS 4
-#define BARRIERS_AT (COPY_AT + SLOTS * COPY)
+#define SHARED_BYTES (A_AT + A_BYTES)
 
 struct Params {
   const uint4* data; // `quads` uint4 (a power of two) of finite values, and one copy more, in L2
@@ -46,17 +42,10 @@ __device__ __forceinline__ void wgmma_shared(float (&d)[N_TILES][4], u64 a, u64 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_rate(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) unsigned char dynamic[];
   const u32 smem = (u32)__cvta_generic_to_shared(dynamic), group = threadIdx.x >> 7, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  for (int i = threadIdx.x; i < COPY_AT / 16; i += THREADS)
+  for (int i = threadIdx.x; i < SHARED_BYTES / 16; i += THREADS)
     ((uint4*)dynamic)[i] = p.data[i & (p.quads - 1)];
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < SLOTS; ++s)
-      barrier_init(smem + BARRIERS_AT + 8 * s, 1);
-    barrier_init_fence();
-  }
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   __syncthreads();
-  u64 policy;
-  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
   float d[N_TILES][4] = {};
   uint4 a[4];
   const u32 meta = 0x4e4e4e4e;
@@ -92,16 +81,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_rate(const __gr
                    : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                    : "l"(source + ((at + (step + s) * 32) & (p.quads - 1))));
 #endif
-#if COPY > 0
-      if (threadIdx.x == 0) {
-        const u32 slot = s % SLOTS, barrier = smem + BARRIERS_AT + 8 * slot;
-        if (step + s >= SLOTS) barrier_wait(barrier, ((step + s) / SLOTS - 1) & 1);
-        barrier_expect(barrier, COPY);
-        const uint4* from = p.data + ((blockIdx.x * 64 + step + s) * (COPY / 16) & (p.quads - 1));
-        bulk_copy(smem + COPY_AT + slot * COPY, from, COPY, barrier, policy);
-      }
-      __syncwarp();
-#endif
     }
   }
   wait_products<0>();
@@ -111,11 +90,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_rate(const __gr
   for (int i = 0; i < N_TILES; ++i)
     sum += d[i][0] + d[i][1] + d[i][2] + d[i][3];
   p.sink[threadIdx.x] = sum;
-  if (threadIdx.x == 0) {
-#if COPY > 0
-    for (int s = 0; s < SLOTS; ++s)
-      barrier_wait(smem + BARRIERS_AT + 8 * s, (p.steps / SLOTS - 1) & 1);
-#endif
-    p.clocks[blockIdx.x] = ended - begun;
-  }
+  if (threadIdx.x == 0) p.clocks[blockIdx.x] = ended - begun;
 }

@@ -5,6 +5,7 @@
 // stop, and looks their values up in shared memory behind the frame's. The four lanes of a quad exchange pairs after expanding, since
 // operand A takes a pair of columns from each of a step's groups of eight.
 //   PARTS        units are 256 / PARTS columns
+//   BATCH        steps whose products go to the tensor cores together, 1 or 2
 //   SLOTS        units that a warp has in shared memory or on their way
 #define UNIT (256 / PARTS)
 #define WARPS_ROW (4 * CONSUMERS)
@@ -13,6 +14,7 @@
 #include "prefill_common.cuh"
 #include "expand.cuh"
 #include "paired.cuh"
+#include "prefill_units.cuh"
 
 #if M_BLOCKS != 1
 #error "a warp of prefill_unstructured expands one row tile"
@@ -20,36 +22,6 @@
 #define TABLE_AT ((BARRIERS_AT + 16 * STAGES + 127) / 128 * 128)
 #define SLOT_BARRIERS_AT (TABLE_AT + TABLE_BYTES)
 #define SLOTS_AT (SLOT_BARRIERS_AT + (8 * WARPS_ROW * SLOTS + 127) / 128 * 128)
-
-// The units of one warp, tile after tile.
-struct Sequence {
-  Schedule tiles;
-  size_t unit;
-  int fragment, begin, rounds, left;
-  bool any;
-
-  __device__ __forceinline__ Sequence(const Params& p, int fragment, int begin, int rounds)
-      : tiles(p), fragment(fragment), begin(begin), rounds(rounds) {
-    enter(p);
-  }
-
-  __device__ __forceinline__ void enter(const Params& p) {
-    any = tiles.any();
-    if (!any) return;
-    int row, token;
-    tiles.place(row, token);
-    // Tiles behind the last row read the last tile again; their sums are not stored.
-    unit = (size_t)min(row / 16 + fragment, (p.rows + 15) / 16 - 1) * p.units + begin;
-    left = rounds;
-  }
-
-  __device__ __forceinline__ void advance(const Params& p) {
-    ++unit;
-    if (--left != 0) return;
-    tiles.advance();
-    enter(p);
-  }
-};
 
 struct Weights {
   u32 table;
@@ -63,10 +35,8 @@ struct Weights {
   __device__ __forceinline__ void start(const Params&, int, int) {}
 
   __device__ __forceinline__ Weights(const Params& p, u32 smem, int fragment, int begin, int rounds)
-      : sequence(p, fragment, begin, rounds) {
+      : policy(shared_weight_policy()), sequence(p, fragment, begin, rounds) {
     const int warp = threadIdx.x >> 5;
-    // Blocks of other activation rows read them again.
-    asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
     table = smem + TABLE_AT + (threadIdx.x & 31) % TABLE_COPIES * 8;
     slots.init(p, smem + SLOTS_AT, smem + SLOT_BARRIERS_AT, warp);
     slots.start(p, sequence, policy);
@@ -77,16 +47,26 @@ struct Weights {
     do {
       Unit unit;
       slots.open(unit);
-      u32 buffer = 0;
+      u32 buffer = 0, held[2][BATCH][8];
       for_each_step(unit, table, [&](int s, u32(&a)[8]) {
-        exchange_pairs(a);
-        if (s % 2 == 0) buffer = x.open();
-        const u32 b = buffer + s % 2 * 64;
+        u32(&batch)[BATCH][8] = held[s / BATCH % 2];
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+          batch[s % BATCH][i] = a[i];
+        exchange_pairs(batch[s % BATCH]);
+        if (s % BATCH != BATCH - 1) return;
+        const bool first = s / BATCH * BATCH % 2 == 0, last = s % 2 == 1;
+        if (first) buffer = x.open();
         fence_registers();
-        wgmma_dense(d[0], a[0], a[1], a[2], a[3], describe(b));
-        wgmma_dense(d[0], a[4], a[5], a[6], a[7], describe(b + 32));
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+          const u32 b = buffer + (s - BATCH + 1 + i) % 2 * 64;
+          const u32(&now)[8] = batch[i];
+          wgmma_dense(d[0], now[0], now[1], now[2], now[3], describe(b));
+          wgmma_dense(d[0], now[4], now[5], now[6], now[7], describe(b + 32));
+        }
         commit_products();
-        x.close(s % 2 == 0, s % 2 == 1);
+        x.close(first, last);
       });
       slots.close(p, sequence, policy);
     } while (--left != 0);

@@ -1,4 +1,4 @@
-// Warpgroup products (sm_90a). Needs N_TILES and ELEM_BF16, and the types u32 and u64 before it.
+// Warpgroup products (sm_90a). Needs N_TILES, ELEM_BF16 (and VALUES for 8-bit operands), and the types u32 and u64 before it.
 //
 // d is a warpgroup's m64 x n(8 * N_TILES) accumulator: warp w of the four holds rows 16w .. 16w + 15, each n-tile as one m16n8 fragment.
 // A comes from registers, in the fragment order of mma.m16n8k16 (dense) and mma.sp.m16n8k32 (sparse); B from shared memory, one row of
@@ -6,13 +6,26 @@
 // memory are read until wait_products.
 #pragma once
 
-#if ELEM_BF16
+// VALUES 1 and 2 have sparse forms of 8-bit operands: e4m3 and signed integers, whose sums are integers.
+#if VALUES == 2
+typedef int Sum;
+#define SUM_REGISTER "+r"
+#else
+typedef float Sum;
+#define SUM_REGISTER "+f"
+#endif
+
+#if VALUES == 1
+#define WGMMA_TYPES "f32.e4m3.e4m3"
+#elif VALUES == 2
+#define WGMMA_TYPES "s32.s8.s8"
+#elif ELEM_BF16
 #define WGMMA_TYPES "f32.bf16.bf16"
 #else
 #define WGMMA_TYPES "f32.f16.f16"
 #endif
 
-#define D4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define D4(i) SUM_REGISTER(d[i][0]), SUM_REGISTER(d[i][1]), SUM_REGISTER(d[i][2]), SUM_REGISTER(d[i][3])
 #define D16(i) D4(i), D4(i + 1), D4(i + 2), D4(i + 3)
 #define LIST4 "%0, %1, %2, %3"
 #define LIST8 LIST4 ", %4, %5, %6, %7"
@@ -88,6 +101,7 @@
 #error "wgmma.cuh has forms for 8, 16, 32, 64, 96, 128, 160, 192 and 256 activation rows"
 #endif
 
+#if !VALUES
 // d += A (64 x 16) · B (16 columns of x).
 __device__ __forceinline__ void wgmma_dense(float (&d)[N_TILES][4], u32 a0, u32 a1, u32 a2, u32 a3, u64 b) {
   asm volatile("wgmma.mma_async.sync.aligned.m64" WGMMA_N "k16." WGMMA_TYPES " {" WGMMA_D "}, " WGMMA_AB ", 1, 1, 1, 0;"
@@ -95,10 +109,23 @@ __device__ __forceinline__ void wgmma_dense(float (&d)[N_TILES][4], u32 a0, u32 
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
 }
 
-// d += A (64 x 32, two of four kept) · B (32 columns of x).
+#endif
+
+#if VALUES == 1
+#define WGMMA_SPARSE "k64." WGMMA_TYPES
+#define WGMMA_SCALES ", 1, 1, 1;"
+#elif VALUES == 2
+#define WGMMA_SPARSE "k64." WGMMA_TYPES
+#define WGMMA_SCALES ", 1;"
+#else
+#define WGMMA_SPARSE "k32." WGMMA_TYPES
+#define WGMMA_SCALES ", 1, 1, 1, 0;"
+#endif
+
+// d += A (64 x 32 or, of 8-bit values, 64; two of four kept) · B (as many columns of x).
 template <int SELECTOR>
-__device__ __forceinline__ void wgmma_sparse(float (&d)[N_TILES][4], const uint4& a, u64 b, u32 meta) {
-  asm volatile("wgmma.mma_async.sp.sync.aligned.m64" WGMMA_N "k32." WGMMA_TYPES " {" WGMMA_D "}, " WGMMA_AB ", " WGMMA_META ", 1, 1, 1, 0;"
+__device__ __forceinline__ void wgmma_sparse(Sum (&d)[N_TILES][4], const uint4& a, u64 b, u32 meta) {
+  asm volatile("wgmma.mma_async.sp.sync.aligned.m64" WGMMA_N WGMMA_SPARSE " {" WGMMA_D "}, " WGMMA_AB ", " WGMMA_META WGMMA_SCALES
                : WGMMA_OPERANDS
                : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(meta), "n"(SELECTOR));
 }

@@ -1,4 +1,4 @@
-"""What the decode kernels of csrc/cuda share on the host: tile choice, checks of the arguments and the launch."""
+"""Runs the decode kernels of csrc/cuda: checks of the arguments, activations laid out, and the launch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,22 @@ import torch
 from torch import Tensor
 
 from sparse_engine import cuda
-from sparse_engine.errors import InputError, KernelUnavailableError
+from sparse_engine.backends.cuda_sources import (
+    MAX_ROWS,
+    UNIT,
+    Gpu,
+    Source,
+    StreamedSource,
+    StreamSource,
+    Tile,
+    WarpgroupSource,
+    arrange_macros,
+    fit,
+    gpu,
+    macros_of,
+    whole_lines,
+)
+from sparse_engine.errors import InputError
 
 __all__ = [
     "MAX_ROWS",
@@ -32,142 +47,7 @@ __all__ = [
     "run_decode",
 ]
 
-UNIT = 256
-"""Columns that a warp takes at a time."""
-MAX_ROWS = 64
-"""Activation rows of one launch of a kernel on mma.sync; more run as slabs."""
-_ZERO_BYTES = 128
 _ARRANGE_THREADS = 256
-_SLOT_BYTES = 9 * 512
-"""Bytes of 16 rows by 256 columns of a 2:4 or 4:8 weight in fragment order."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """How one launch divides its work: macros of decode_common.cuh and paired.cuh, and ``splits`` of the columns over a cluster."""
-
-    n_tiles: int
-    row_tiles: int
-    warps_row: int
-    warps_k: int
-    parts: int = 1
-    splits: int = 1
-    stages: int = 2
-    min_blocks: int = 1
-    table_copies: int = 16
-
-    @property
-    def block_rows(self) -> int:
-        return 16 * self.row_tiles * self.warps_row
-
-    def macros(self) -> dict[str, int]:
-        return {
-            "N_TILES": self.n_tiles,
-            "ROW_TILES": self.row_tiles,
-            "WARPS_ROW": self.warps_row,
-            "WARPS_K": self.warps_k,
-            "PARTS": self.parts,
-            "STAGES": self.stages,
-            "MIN_BLOCKS": self.min_blocks,
-            "TABLE_COPIES": self.table_copies,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A kernel ``function`` of csrc/cuda/``file``, compiled with ``macros`` and a tile's, for up to ``max_rows`` activation rows."""
-
-    file: str
-    function: str
-    macros: tuple[tuple[str, int], ...] = ()
-    x_pad: int = 0
-    max_rows: int = MAX_ROWS
-
-    def threads(self, tile: Tile) -> int:
-        """Threads of a block."""
-        return 32 * tile.warps_row * tile.warps_k
-
-    def shared_bytes(self, tile: Tile, m: int, depth: int) -> int:
-        """Shared memory of a block: buffers of x, which the sums of the warps reuse."""
-        return max(tile.stages * self._buffer_bytes(tile, m) + _ZERO_BYTES, self._sums_bytes(tile, m))
-
-    def _buffer_bytes(self, tile: Tile, m: int) -> int:
-        return _staged_rows(tile, m) * (tile.warps_k * UNIT * 2 // tile.parts + self.x_pad)
-
-    def _sums_bytes(self, tile: Tile, m: int) -> int:
-        return tile.warps_k * _staged_rows(tile, m) * (tile.block_rows + 4) * 4
-
-    def grid(self, tile: Tile, rows: int, shared: int, here: Gpu) -> tuple[int, int]:
-        """Blocks along the rows, and splits."""
-        return -(-rows // tile.block_rows), tile.splits
-
-
-@dataclass(frozen=True, slots=True)
-class StreamSource(Source):
-    """The kernel on mma.sync for unstructured weights: units arrive in slots of their own, and blocks stay for several row groups."""
-
-    def shared_bytes(self, tile: Tile, m: int, depth: int, x_buffers: int = 2) -> int:
-        x = _whole_lines(_ZERO_BYTES + x_buffers * self._buffer_bytes(tile, m))
-        sums = _whole_lines(self._sums_bytes(tile, m))
-        return (x + 2 * sums if tile.n_tiles <= 2 else max(x, sums)) + _stream_bytes(tile, depth)
-
-    def x_buffers(self, tile: Tile, m: int, depth: int, units: int, here: Gpu) -> int:
-        """One for every round of a row group, where as many blocks fit a multiprocessor then as with two."""
-        rounds = -(-units // (tile.splits * tile.warps_k))
-        return rounds if self._resident(tile, m, depth, rounds, here) >= self._resident(tile, m, depth, 2, here) else 2
-
-    def _resident(self, tile: Tile, m: int, depth: int, x_buffers: int, here: Gpu) -> int:
-        return _blocks(tile, self.shared_bytes(tile, m, depth, x_buffers), here)
-
-    def grid(self, tile: Tile, rows: int, shared: int, here: Gpu) -> tuple[int, int]:
-        groups = -(-rows // tile.block_rows)
-        if tile.n_tiles > 2:
-            return groups, tile.splits
-        return min(groups, max(here.processors * _blocks(tile, shared, here) // tile.splits, 1)), tile.splits
-
-
-def _blocks(tile: Tile, shared: int, here: Gpu) -> int:
-    """Blocks of a tile on one multiprocessor, whose shared memory is 1 KB more than a block may have and of which each block takes 1 KB."""
-    return min(tile.min_blocks, (here.shared_limit + 1024) // (shared + 1024))
-
-
-def _staged_rows(tile: Tile, m: int) -> int:
-    return m if tile.n_tiles == 1 else 8 * tile.n_tiles
-
-
-@dataclass(frozen=True, slots=True)
-class WarpgroupSource(Source):
-    """A kernel on wgmma, for compute capability 9.0; it reads activations in the form that csrc/cuda/arrange.cu gives them.
-
-    ``expanded``: weights are expanded, which asks for another order of the columns.
-    """
-
-    max_rows: int = 128
-    expanded: bool = False
-
-    def threads(self, tile: Tile) -> int:
-        return 32 * (tile.warps_row + 1)
-
-    def shared_bytes(self, tile: Tile, m: int, depth: int) -> int:
-        if depth:
-            stages, subtiles = 4, 1 if tile.n_tiles >= 8 else 2
-        else:
-            stages, subtiles = 3 if tile.n_tiles == 4 else 4, max(1, min(4, 16 // tile.n_tiles))
-        slots = tile.warps_row * tile.stages
-        buffers = _whole_lines(stages * subtiles * tile.n_tiles * 1024 + 8 * (2 * stages + slots))
-        buffers += _stream_bytes(tile, depth) if depth else slots * _SLOT_BYTES
-        return max(buffers, self._sums_bytes(tile, m))
-
-
-def _stream_bytes(tile: Tile, depth: int) -> int:
-    """The expansion table, barriers and slots of every warp: a pair that keeps nothing reads one word before or behind a unit's."""
-    slots = tile.warps_row * tile.warps_k * tile.stages
-    slot = 96 + 32 + 512 // tile.parts + 128 * (depth + 1)
-    return 512 * 8 * tile.table_copies + _whole_lines(8 * slots) + slots * slot
-
-
-def _whole_lines(nbytes: int) -> int:
-    return -(-nbytes // 128) * 128
 
 
 class _Params(ctypes.Structure):
@@ -205,58 +85,6 @@ def kernel_params(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    name: str
-    arch: str
-    processors: int
-    hopper: bool
-    shared_limit: int
-    """Bytes of shared memory that one block may have."""
-
-
-@cache
-def gpu(index: int) -> Gpu:
-    """What the tile choice needs to know of device ``index``."""
-    major, minor = torch.cuda.get_device_capability(index)
-    properties = torch.cuda.get_device_properties(index)
-    arch = f"sm_{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
-    return Gpu(properties.name, arch, properties.multi_processor_count, major >= 9, properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
-
-
-def fit(source: Source, tile: Tile, m: int, depth: int, here: Gpu) -> Tile:
-    """``tile`` with as many warps as its shared memory allows, and without splits where there are no clusters.
-
-    Raises:
-        KernelUnavailableError: not even one is allowed.
-    """
-    if tile.splits > 1 and not here.hopper:
-        tile = replace(tile, splits=1)
-    if depth and tile.table_copies > 8:
-        tile = replace(tile, table_copies=8)
-    while (needed := source.shared_bytes(tile, m, depth)) > here.shared_limit:
-        least = 1 if depth else tile.parts
-        if depth and tile.table_copies > 4:
-            tile = replace(tile, table_copies=tile.table_copies // 2)
-        elif isinstance(source, WarpgroupSource) and tile.warps_row > 4:
-            tile = replace(tile, warps_row=tile.warps_row - 4)
-        elif tile.warps_k > least:
-            tile = replace(tile, warps_k=max(tile.warps_k // 2 // least * least, least))
-        else:
-            raise KernelUnavailableError(f"{m} rows need {needed} bytes of shared memory a block, and this GPU has {here.shared_limit}")
-    return tile
-
-
-def macros_of(source: Source, tile: Tile, element: torch.dtype) -> tuple[tuple[str, int], ...]:
-    """What the source is compiled with."""
-    return tuple(sorted({**dict(source.macros), **tile.macros(), "ELEM_BF16": int(element is torch.bfloat16)}.items()))
-
-
-def arrange_macros(source: WarpgroupSource, tile: Tile) -> tuple[tuple[str, int], ...]:
-    """What arrange.cu is compiled with for a kernel; it moves 16-bit elements of either type."""
-    return (("ELEM_BF16", 1), ("EXPANDED", int(source.expanded)), ("N_TILES", tile.n_tiles))
-
-
 @cache
 def _function(source: Source, arch: str, element: torch.dtype, tile: Tile) -> cuda.CudaFunction:
     return cuda.load(source.file, source.function, arch, macros_of(source, tile, element))
@@ -288,11 +116,15 @@ class Streams:
     """Units are 256 / parts columns."""
 
 
-def _arrange(source: WarpgroupSource, tile: Tile, params: _Params, x: Tensor, subtiles: int, here: Gpu, device: int) -> Tensor:
-    """The image of the activations that ``params`` describes, ``subtiles`` of 64 columns, as csrc/cuda/arrange.cu lays it out."""
-    image = x.new_empty(subtiles, 8 * tile.n_tiles, 64)
+def _arrange(source: WarpgroupSource, tile: Tile, params: _Params, x: Tensor, subtiles: int, warps: int, here: Gpu, device: int) -> Tensor:
+    """The image of the activations that ``params`` describes, ``subtiles`` of 64 columns, as csrc/cuda/arrange.cu lays it out.
+
+    Behind it lies the workspace that ``warps`` of decode_stream.cu share, its flags cleared.
+    """
+    image_bytes = subtiles * 8 * tile.n_tiles * 128
+    image = torch.empty(image_bytes + whole_lines(4 * warps) + warps * tile.n_tiles * 512, dtype=torch.uint8, device=x.device)
     arranged = _Params.from_buffer_copy(params)
-    arranged.y, arranged.units = image.data_ptr(), subtiles
+    arranged.y, arranged.units, arranged.rows = image.data_ptr(), subtiles, warps
     function = cuda.load("arrange.cu", "arrange", here.arch, arrange_macros(source, tile))
     blocks = -(-subtiles * 8 * params.m // _ARRANGE_THREADS)
     cuda.launch(function, (blocks, 1), _ARRANGE_THREADS, 0, arranged, device, overlap=True)
@@ -373,12 +205,15 @@ def run_decode(
             depth,
             x_buffers,
         )
+        grid, cluster = source.grid(tile, rows, units, shared, here), (1, tile.splits)
+        warps = 0
+        if isinstance(source, StreamedSource):
+            cluster, warps = (tile.cluster, 1), grid[0] * tile.warps_row
         if isinstance(source, WarpgroupSource):
-            image = _arrange(source, tile, params, x, units * (4 // parts), here, device)
+            image = _arrange(source, tile, params, x, units * (4 // parts), warps, here, device)
             params.x = image.data_ptr()
         function = _function(source, here.arch, x.dtype, tile)
-        grid = source.grid(tile, rows, shared, here)
-        cuda.launch(function, grid, source.threads(tile), shared, params, device, cluster=(1, tile.splits), overlap=here.hopper)
+        cuda.launch(function, grid, source.threads(tile), shared, params, device, cluster=cluster, overlap=here.hopper)
         first += count
     return y
 

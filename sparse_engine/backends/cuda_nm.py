@@ -29,7 +29,7 @@ _CHUNK = 9 * 32 * 16
 
 
 @cache
-def _metadata_table(device: torch.device) -> Tensor:
+def metadata_table(device: torch.device) -> Tensor:
     """Mask byte (two groups of four) to sparse tensor-core metadata byte: per group the two kept positions, 2 bits each."""
     table = []
     for byte in range(256):
@@ -44,8 +44,8 @@ def _metadata_table(device: torch.device) -> Tensor:
 
 
 @cache
-def _mask_table(device: torch.device) -> Tensor:
-    """Inverse of :func:`_metadata_table` on bytes whose groups keep two."""
+def mask_table(device: torch.device) -> Tensor:
+    """Inverse of :func:`metadata_table` on bytes whose groups keep two."""
     table = [0] * 256
     for byte in range(256):
         low, high = byte & 15, byte >> 4
@@ -65,7 +65,7 @@ def to_fragments(values: Tensor, bitmask: Tensor, shape: tuple[int, int], group:
     masks = F.pad(bitmask, (0, units * UNIT // 8 - bitmask.shape[1], 0, tiles * 16 - shape[0]))
     out = torch.empty(tiles, units, 9, 32, 16, dtype=torch.uint8, device=values.device)
     if group == 4:
-        masks = _metadata_table(masks.device)[masks.int()]
+        masks = metadata_table(masks.device)[masks.int()]
         # tile, half, g | unit, word, step, k-half, byte  ->  tile, unit, lane (g, step, k-half), word, half, byte
         out[:, :, 0] = masks.view(tiles, 2, 8, units, 4, 2, 2, 2).permute(0, 3, 2, 5, 6, 4, 1, 7).reshape(tiles, units, 32, 16)
         # tile, half, g | unit, step, k-half, t, 4 bytes  ->  tile, unit, step, lane (g, t), k-half, half, 4 bytes
@@ -91,7 +91,7 @@ def from_fragments(layout: Tensor, shape: tuple[int, int], group: int, dtype: to
     value_bytes = fragments.reshape(tiles * 16, units * UNIT)[:rows, :columns].contiguous()
     bitmask = masks.reshape(tiles * 16, units * UNIT // 8)[:rows, : -(-columns // 8)].contiguous()
     if group == 4:
-        bitmask = _mask_table(bitmask.device)[bitmask.int()]
+        bitmask = mask_table(bitmask.device)[bitmask.int()]
         if columns % 8:
             bitmask[:, -1] &= 15
     return value_bytes.view(dtype), bitmask

@@ -41,7 +41,7 @@ __all__ = [
 
 FEWEST_ROWS = 129
 """Activation rows from which forms are asked; fewer are one launch of a decode kernel."""
-TENSOR_FLOPS_PER_US = 6.0e8
+TENSOR_FLOPS_PER_US = 7.5e8
 """A common rate of dense products on an H200, for estimates."""
 
 _ANY = Gpu("", "sm_90a", 132, True, 232448)
@@ -95,10 +95,12 @@ class Form(ABC):
     Attributes:
         name: what configurations of tuning tables begin with.
         patterns: those it reads the layouts of.
+        needs_measuring: it runs only where tuning has found it to be right and the fastest; estimates never choose it.
     """
 
     name: ClassVar[str]
     patterns: ClassVar[frozenset[str]]
+    needs_measuring: ClassVar[bool] = False
 
     def unsupported(self, here: Gpu) -> str | None:
         """Why it cannot run on this GPU, or None."""
@@ -161,9 +163,14 @@ def choose(kernel: str, pattern: str, dtype: torch.dtype, rows: int, columns: in
     measured = tuning.lookup(here.name, pattern, dtype, (rows, columns), bucket).get(kernel)
     if measured is not None and (form := parse(pattern, measured.config, here)) is not None:
         return form, measured.config
-    found = offered(pattern, rows, columns, bucket, here)
-    form, own = min(found, key=lambda each: each[0].estimate_us(pattern, rows, columns, bucket, here))
+    form, own = min(
+        _estimated(pattern, rows, columns, bucket, here), key=lambda each: each[0].estimate_us(pattern, rows, columns, bucket, here)
+    )
     return form, own[0]
+
+
+def _estimated(pattern: str, rows: int, columns: int, m: int, here: Gpu) -> list[tuple[Form, Sequence[Config]]]:
+    return [each for each in offered(pattern, rows, columns, m, here) if not each[0].needs_measuring]
 
 
 def product(kernel: str, call: Call) -> Tensor:
@@ -209,4 +216,4 @@ def compilations_of(problem: Problem, config: Config) -> Compilations:
 def estimate_of(problem: Problem) -> float:
     """The lowest estimate of any form, as for an H200 where no GPU is at hand."""
     pattern, rows, columns, m, here = _asked(problem)
-    return min(form.estimate_us(pattern, rows, columns, m, here) for form, _ in offered(pattern, rows, columns, m, here))
+    return min(form.estimate_us(pattern, rows, columns, m, here) for form, _ in _estimated(pattern, rows, columns, m, here))

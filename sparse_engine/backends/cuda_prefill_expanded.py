@@ -13,38 +13,72 @@ import torch
 from torch import Tensor
 
 from sparse_engine.backends.cuda_decode import UNIT, Gpu, gpu
-from sparse_engine.backends.cuda_prefill import Call, Compilations
+from sparse_engine.backends.cuda_prefill import Call, Compilations, register
 from sparse_engine.backends.cuda_prefill_wgmma import PrefillSource, PrefillTile, WgmmaForm, run_prefill
 from sparse_engine.backends.cuda_tiles import TYPICAL_DEPTH
 from sparse_engine.registry import Config
 
-__all__ = ["NMForm", "UnstructuredForm"]
+__all__ = ["NMForm", "UnstructuredForm", "fitted"]
 
-_SLOTS = 2
-_TABLE_COPIES = 4
+_SLOTS, _BATCH = 2, 2
 
 
 @dataclass(frozen=True, slots=True)
-class StreamSource(PrefillSource):
-    """Every consumer warp has slots for units of the layout, behind a table; see csrc/cuda/paired.cuh."""
+class UnitSource(PrefillSource):
+    """Every consumer warp has slots for units of its row tile, behind the frame's shared memory."""
 
-    parts: int = 1
+    def all_macros(self, tile: PrefillTile, element: torch.dtype) -> tuple[tuple[str, int], ...]:
+        found = dict(PrefillSource.all_macros(self, tile, element))
+        return tuple(sorted({**found, "SLOTS": _SLOTS, "BATCH": _BATCH}.items()))
+
+    def unit_bytes(self, depth: int) -> int:
+        """Of a slot."""
+        return 9 * 512
+
+    def table_bytes(self, tile: PrefillTile) -> int:
+        return 0
 
     def shared_bytes(self, tile: PrefillTile, depth: int = 0) -> int:
         slots = 4 * tile.consumers * _SLOTS
         frame = PrefillSource.shared_bytes(self, replace(tile, splits=1))
-        slot = 96 + 32 + 512 // self.parts + 128 * (depth + 1)
-        streams = -(-frame // 128) * 128 + 512 * 8 * _TABLE_COPIES + -(-8 * slots // 128) * 128 + slots * slot
-        return max(streams, PrefillSource.shared_bytes(self, tile))
+        units = -(-frame // 128) * 128 + self.table_bytes(tile) + -(-8 * slots // 128) * 128 + slots * self.unit_bytes(depth)
+        return max(units, PrefillSource.shared_bytes(self, tile))
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSource(UnitSource):
+    """Units of an unstructured weight differ in size and need a table; see csrc/cuda/paired.cuh."""
+
+    parts: int = 1
+
+    def copies(self, tile: PrefillTile) -> int:
+        """Of the table: fewer make place for one more buffer of the widest tile."""
+        return 2 if tile.tokens * tile.stages > 640 else 4
+
+    def all_macros(self, tile: PrefillTile, element: torch.dtype) -> tuple[tuple[str, int], ...]:
+        return tuple(sorted({**dict(UnitSource.all_macros(self, tile, element)), "TABLE_COPIES": self.copies(tile)}.items()))
+
+    def unit_bytes(self, depth: int) -> int:
+        return 96 + 32 + 512 // self.parts + 128 * (depth + 1)
+
+    def table_bytes(self, tile: PrefillTile) -> int:
+        return 512 * 8 * self.copies(tile)
 
 
 class ExpandedForm(WgmmaForm):
-    """Tensor cores are not twice as fast on these weights: a tile's time is that of its products, or of its shared memory."""
+    """Tensor cores are not twice as fast on these weights.
+
+    Attributes:
+        slowness: of a step, in the time of its products, as measured on an H200: what expanding and shared memory add.
+    """
+
+    needs_measuring: ClassVar[bool] = True
+    slowness: ClassVar[float]
 
     def clocks(self, tile: PrefillTile, rows: int, columns: int, m: int, here: Gpu) -> float:
         tiles = -(-rows // (tile.rows * tile.cluster)) * tile.cluster * -(-m // tile.tokens) * tile.splits
         resident = here.processors // (tile.cluster * tile.splits) * tile.cluster * tile.splits
-        step = max(tile.tokens * tile.rows / 64, 256.0)
+        step = self.slowness * max(tile.tokens * tile.rows / 64, 256.0)
         store = tile.rows * tile.tokens / 12 * (2.5 if tile.splits > 1 else 1.0)
         return -(-tiles // min(tiles, resident)) * (-(-columns // UNIT) * 8 / tile.splits * step + store + 1500)
 
@@ -52,42 +86,39 @@ class ExpandedForm(WgmmaForm):
 class NMForm(ExpandedForm):
     name: ClassVar[str] = "wgmma-4:8"
     patterns: ClassVar[frozenset[str]] = frozenset({"4:8"})
-    source: ClassVar[PrefillSource] = PrefillSource("prefill_48.cu", "prefill_48")
+    slowness: ClassVar[float] = 1.15
+    source: ClassVar[PrefillSource] = UnitSource("prefill_48.cu", "prefill_48")
     tiles: ClassVar[tuple[PrefillTile, ...]] = (
-        PrefillTile(32, 1, 2, 6, 2),
         PrefillTile(32, 1, 2, 4, 2),
         PrefillTile(32, 1, 2, 4, 1),
-        PrefillTile(32, 1, 2, 4, 4),
-        PrefillTile(24, 1, 2, 6, 2),
-        PrefillTile(16, 2, 2, 6, 2),
-        PrefillTile(16, 2, 2, 6, 1),
+        PrefillTile(24, 1, 2, 5, 2),
         PrefillTile(16, 1, 2, 6, 2),
         PrefillTile(16, 1, 2, 6, 1),
+        PrefillTile(32, 1, 2, 4, 1, 2),
         PrefillTile(16, 1, 2, 6, 1, 2),
-        PrefillTile(16, 1, 2, 6, 1, 4),
-        PrefillTile(32, 1, 2, 6, 1, 2),
+        PrefillTile(8, 1, 2, 6, 1, 2),
     )
 
 
 def _streams(parts: int) -> StreamSource:
-    macros = (("PARTS", parts), ("SLOTS", _SLOTS), ("TABLE_COPIES", _TABLE_COPIES))
-    return StreamSource("prefill_unstructured.cu", "prefill_unstructured", macros, parts)
+    return StreamSource("prefill_unstructured.cu", "prefill_unstructured", (("PARTS", parts),), parts)
 
 
 class UnstructuredForm(ExpandedForm):
     name: ClassVar[str] = "wgmma-unstructured"
     patterns: ClassVar[frozenset[str]] = frozenset({"unstructured"})
+    slowness: ClassVar[float] = 1.45
     source: ClassVar[PrefillSource] = _streams(1)
     sources: ClassVar[dict[int, StreamSource]] = {parts: _streams(parts) for parts in (1, 2)}
     tiles: ClassVar[tuple[PrefillTile, ...]] = (
-        PrefillTile(32, 1, 2, 2, 2),
+        PrefillTile(32, 1, 2, 3, 1),
         PrefillTile(32, 1, 2, 2, 1),
-        PrefillTile(24, 1, 2, 3, 2),
         PrefillTile(24, 1, 2, 3, 1),
-        PrefillTile(16, 1, 2, 4, 2),
         PrefillTile(16, 1, 2, 4, 1),
+        PrefillTile(16, 1, 2, 4, 2),
+        PrefillTile(32, 1, 2, 2, 1, 2),
         PrefillTile(16, 1, 2, 4, 1, 2),
-        PrefillTile(16, 1, 2, 4, 1, 4),
+        PrefillTile(8, 1, 2, 6, 1, 2),
     )
 
     def configs(self, pattern: str, rows: int, columns: int, m: int, here: Gpu) -> Sequence[Config]:
@@ -100,10 +131,16 @@ class UnstructuredForm(ExpandedForm):
 
     def run(self, call: Call, config: Config) -> Tensor:
         assert call.streams is not None
-        source, tile, here = self.sources[call.streams.parts], self.tile_of(config), gpu(call.x.device.index)
-        # A weight with a dense block has deeper units than those that were measured.
-        while not source.fits(tile, here, call.streams.depth) and tile.stages > 2:
-            tile = replace(tile, stages=tile.stages - 1)
-        if not source.fits(tile, here, call.streams.depth):
-            tile = replace(tile, n_tiles=16)
-        return run_prefill(source, tile, call)
+        source, here = self.sources[call.streams.parts], gpu(call.x.device.index)
+        return run_prefill(source, fitted(source, self.tile_of(config), call.streams.depth, here), call)
+
+
+def fitted(source: StreamSource, tile: PrefillTile, depth: int, here: Gpu) -> PrefillTile:
+    """``tile`` with fewer buffers, or narrower, where units of ``depth`` words ask for it: those of a dense block are the deepest."""
+    while not source.fits(tile, here, depth) and tile.stages > 2:
+        tile = replace(tile, stages=tile.stages - 1)
+    return tile if source.fits(tile, here, depth) else replace(tile, n_tiles=min(tile.n_tiles, 16))
+
+
+register(NMForm())
+register(UnstructuredForm())

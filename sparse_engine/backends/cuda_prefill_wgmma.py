@@ -21,18 +21,18 @@ from sparse_engine.backends.cuda_prefill import Call, Compilations, Form
 from sparse_engine.errors import KernelUnavailableError
 from sparse_engine.registry import Config
 
-__all__ = ["PrefillSource", "PrefillTile", "WgmmaForm", "run_prefill"]
+__all__ = ["CLOCKS_PER_US", "Levels", "PrefillSource", "PrefillTile", "WgmmaForm", "estimated_clocks", "run_prefill", "tile_of"]
 
 _CHUNK_TOKENS = 32
-_X_COLUMNS = 64
-"""Columns of a buffer."""
-_CLOCKS_PER_US = 1.6e3
+_X_BYTES = 128
+"""Of a row of a buffer."""
+CLOCKS_PER_US = 1.6e3
 """Of an H200 under such load, for estimates."""
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillTile:
-    """How one launch divides its work: macros of prefill_common.cuh, and ``a_shared`` of prefill_nm.cu."""
+    """How one launch divides its work: macros of prefill_common.cuh, and ``a_shared`` and ``batch`` of prefill_nm.cu."""
 
     n_tiles: int
     m_blocks: int
@@ -42,6 +42,7 @@ class PrefillTile:
     splits: int = 1
     min_blocks: int = 1
     a_shared: int = 0
+    batch: int = 1
 
     @property
     def rows(self) -> int:
@@ -67,6 +68,7 @@ class PrefillTile:
             "SPLITS": self.splits,
             "MIN_BLOCKS": self.min_blocks,
             "A_SHARED": self.a_shared,
+            "BATCH": self.batch,
         }
 
 
@@ -79,15 +81,15 @@ class PrefillSource:
     macros: tuple[tuple[str, int], ...] = ()
 
     def weight_stage_bytes(self, tile: PrefillTile) -> int:
-        """Of a buffer of 64 columns: what its weights take."""
-        return tile.rows * _X_COLUMNS if tile.a_shared else 0
+        """Of a buffer: what its weights take."""
+        return tile.rows * 64 if tile.a_shared else 0
 
     def shared_bytes(self, tile: PrefillTile, depth: int = 0) -> int:
         """Shared memory of a block: buffers, a place to transpose sums in, barriers; the sums of splits reuse it.
 
         ``depth`` is that of an unstructured weight, whose units take some more.
         """
-        buffers = tile.stages * (tile.tokens * _X_COLUMNS * 2 + self.weight_stage_bytes(tile))
+        buffers = tile.stages * (tile.tokens * _X_BYTES + self.weight_stage_bytes(tile))
         staging = tile.consumers * 2 * _CHUNK_TOKENS * 128
         sums = tile.tokens * (tile.rows + 4) * 4 if tile.splits > 1 else 0
         return max(buffers + staging + 16 * tile.stages, sums)
@@ -107,8 +109,10 @@ class _Params(ctypes.Structure):
 
     _fields_ = (
         ("x", cuda.TensorMap),
-        *((name, ctypes.c_void_p) for name in ("weight", "offsets", "bias", "residual", "y")),
+        *((name, ctypes.c_void_p) for name in ("weight", "offsets", "bias", "residual", "y", "weight_scales", "x_scales")),
         *((name, ctypes.c_int) for name in ("m", "rows", "units", "relu", "depth", "y_vector")),
+        # The structure's alignment is that of a tensor map, and so its size a multiple of 64.
+        ("padding", ctypes.c_int * 12),
     )
 
 
@@ -135,8 +139,20 @@ def _described(x: Tensor) -> Tensor:
     return x
 
 
-def run_prefill(source: PrefillSource, tile: PrefillTile, call: Call) -> Tensor:
-    """The product of ``call`` on the current device.
+@dataclass(frozen=True, slots=True)
+class Levels:
+    """Quantised activations: ``x`` (m, columns) of 8-bit levels, aligned, and float32 scales of their rows and of the weight's.
+
+    ``x_scales`` has a multiple of 256 elements.
+    """
+
+    x: Tensor
+    x_scales: Tensor
+    weight_scales: Tensor
+
+
+def run_prefill(source: PrefillSource, tile: PrefillTile, call: Call, levels: Levels | None = None) -> Tensor:
+    """The product of ``call`` on the current device; of ``levels`` in the place of its activations where the weight is quantised.
 
     Raises:
         KernelUnavailableError: there is no such form, or it cannot be compiled or launched.
@@ -151,15 +167,17 @@ def run_prefill(source: PrefillSource, tile: PrefillTile, call: Call) -> Tensor:
     y = x.new_empty((*x.shape[:-1], rows))
     if y.numel() == 0:
         return y
-    flat = _described(x.reshape(call.m, call.columns))
+    flat = _described(x.reshape(call.m, call.columns)) if levels is None else levels.x
     stored = (y.data_ptr(), *(t.data_ptr() for t in (residual,) if t is not None))
     params = _Params(
-        cuda.tensor_map(flat, (tile.tokens // tile.cluster, _X_COLUMNS)),
+        cuda.tensor_map(flat, (tile.tokens // tile.cluster, _X_BYTES // flat.element_size())),
         call.weight.data_ptr(),
         offsets,
         bias.data_ptr() if bias is not None else None,
         residual.data_ptr() if residual is not None else None,
         y.data_ptr(),
+        levels.weight_scales.data_ptr() if levels is not None else None,
+        levels.x_scales.data_ptr() if levels is not None else None,
         call.m,
         rows,
         units,
@@ -172,6 +190,33 @@ def run_prefill(source: PrefillSource, tile: PrefillTile, call: Call) -> Tensor:
     cluster = (tile.cluster, tile.splits)
     cuda.launch(function, blocks, tile.threads, source.shared_bytes(tile, depth), params, x.device.index, cluster=cluster, overlap=True)
     return y
+
+
+def estimated_clocks(tile: PrefillTile, rows: int, columns: int, m: int, here: Gpu, unit: int = UNIT) -> float:
+    """Estimated clocks of a launch whose tiles run in whole rounds, the time of each fitted to measurements on an H100.
+
+    A product of m64 takes half a clock for each activation row, some for its weights and more where few m64 blocks share the
+    activations; a step, eight of which are ``unit`` columns, has one for each block.
+    """
+    step = (tile.tokens / 2 + 60 + 55 * tile.tokens / tile.rows) * (tile.rows // 64)
+    tiles = -(-rows // (tile.rows * tile.cluster)) * tile.cluster * -(-m // tile.tokens) * tile.splits
+    resident = here.processors // (tile.cluster * tile.splits) * tile.cluster * tile.splits * tile.min_blocks
+    rounds = -(-tiles // min(tiles, resident))
+    store = tile.rows * tile.tokens / 12 * (2.5 if tile.splits > 1 else 1.0)
+    steps = -(-columns // UNIT) * UNIT * 8 / unit / tile.splits
+    return rounds * ((steps * step + store) * min(tile.min_blocks, -(-tiles // here.processors)) + 1500)
+
+
+def tile_of(config: Config) -> PrefillTile:
+    """The tile of a configuration: a name, then the tile's fields.
+
+    Raises:
+        KernelUnavailableError: it is of another version.
+    """
+    fields = [field for field in config[1:] if isinstance(field, int)]
+    if len(fields) != len(PrefillTile.__dataclass_fields__):
+        raise KernelUnavailableError(f"{list(config)} is no configuration of a prefill kernel")
+    return PrefillTile(*fields)
 
 
 class WgmmaForm(Form):
@@ -188,8 +233,12 @@ class WgmmaForm(Form):
     def unsupported(self, here: Gpu) -> str | None:
         return None if here.arch == "sm_90a" else f"runs on compute capability 9.0, not on {here.arch}"
 
+    def clocks(self, tile: PrefillTile, rows: int, columns: int, m: int, here: Gpu) -> float:
+        """Estimated clocks of a launch."""
+        return estimated_clocks(tile, rows, columns, m, here)
+
     def configs(self, pattern: str, rows: int, columns: int, m: int, here: Gpu) -> Sequence[Config]:
-        able = [tile for tile in self.tiles if self.source.fits(tile, here) and tile.splits * UNIT <= columns]
+        able = [tile for tile in self.tiles if self.source.fits(tile, here) and (tile.splits == 1 or tile.splits * UNIT <= columns)]
         return [(self.name, *astuple(tile)) for tile in sorted(able, key=lambda tile: self.clocks(tile, rows, columns, m, here))]
 
     def tile_of(self, config: Config) -> PrefillTile:
@@ -198,30 +247,14 @@ class WgmmaForm(Form):
         Raises:
             KernelUnavailableError: it is of another version.
         """
-        fields = [field for field in config[1:] if isinstance(field, int)]
-        if len(fields) != len(PrefillTile.__dataclass_fields__):
-            raise KernelUnavailableError(f"{list(config)} is no configuration of {self.name}")
-        return PrefillTile(*fields)
+        return tile_of(config)
 
     def compilations(self, pattern: str, dtype: torch.dtype, config: Config, here: Gpu) -> Compilations:
-        return ((self.source.file, here.arch, self.source.all_macros(self.tile_of(config), dtype)),)
-
-    def clocks(self, tile: PrefillTile, rows: int, columns: int, m: int, here: Gpu) -> float:
-        """Estimated clocks of a launch: a tile's time is what passes through shared memory, and tiles run in whole rounds.
-
-        A step of 32 columns reads its activations once for each m64 block and writes them once; weights pass through twice.
-        """
-        step = (tile.tokens * 64 * (tile.rows // 64 + 1) + tile.rows * 72) / 128
-        tiles = -(-rows // (tile.rows * tile.cluster)) * tile.cluster * -(-m // tile.tokens) * tile.splits
-        resident = here.processors // (tile.cluster * tile.splits) * tile.cluster * tile.splits * tile.min_blocks
-        rounds = -(-tiles // min(tiles, resident))
-        store = tile.rows * tile.tokens / 12 * (2.5 if tile.splits > 1 else 1.0)
-        steps = -(-columns // UNIT) * 8 / tile.splits
-        return rounds * ((steps * step + store) * min(tile.min_blocks, -(-tiles // here.processors)) + 1500)
+        return ((self.source.file, here.arch, self.source.all_macros(tile_of(config), dtype)),)
 
     def estimate_us(self, pattern: str, rows: int, columns: int, m: int, here: Gpu) -> float:
-        best = self.tile_of(self.configs(pattern, rows, columns, m, here)[0])
-        return 3.0 + self.clocks(best, rows, columns, m, here) / _CLOCKS_PER_US
+        best = tile_of(self.configs(pattern, rows, columns, m, here)[0])
+        return 3.0 + self.clocks(best, rows, columns, m, here) / CLOCKS_PER_US
 
     def run(self, call: Call, config: Config) -> Tensor:
-        return run_prefill(self.source, self.tile_of(config), call)
+        return run_prefill(self.source, tile_of(config), call)

@@ -13,11 +13,12 @@ from functools import cache
 import torch
 
 from sparse_engine import tuning
-from sparse_engine.backends.cuda_decode import (
+from sparse_engine.backends.cuda_sources import (
     MAX_ROWS,
     UNIT,
     Gpu,
     Source,
+    StreamedSource,
     StreamSource,
     Tile,
     WarpgroupSource,
@@ -36,11 +37,14 @@ MMA_48 = Source("decode_nm.cu", "decode_nm", (("PATTERN", 48),), x_pad=64)
 MMA_UNSTRUCTURED = StreamSource("decode_unstructured.cu", "decode_unstructured", x_pad=64)
 WGMMA_24 = WarpgroupSource("decode_wgmma.cu", "decode_wgmma", (("PATTERN", 24),))
 WGMMA_48 = WarpgroupSource("decode_wgmma.cu", "decode_wgmma", (("PATTERN", 48),), expanded=True)
+STREAMED_24 = StreamedSource("decode_stream.cu", "decode_stream", (("PATTERN", 24),))
+STREAMED_48 = StreamedSource("decode_stream.cu", "decode_stream", (("PATTERN", 48),), expanded=True)
+STREAMED_UNSTRUCTURED = StreamedSource("decode_stream.cu", "decode_stream", (("PATTERN", 0),), expanded=True)
 WGMMA_UNSTRUCTURED = WarpgroupSource("decode_wgmma.cu", "decode_wgmma", (("PATTERN", 0),), expanded=True)
 _SOURCES: dict[str, tuple[Source, ...]] = {
-    "2:4": (MMA_24, WGMMA_24),
-    "4:8": (MMA_48, WGMMA_48),
-    "unstructured": (MMA_UNSTRUCTURED, WGMMA_UNSTRUCTURED),
+    "2:4": (MMA_24, WGMMA_24, STREAMED_24),
+    "4:8": (MMA_48, WGMMA_48, STREAMED_48),
+    "unstructured": (MMA_UNSTRUCTURED, WGMMA_UNSTRUCTURED, STREAMED_UNSTRUCTURED),
 }
 
 TYPICAL_DEPTH = 42
@@ -68,8 +72,8 @@ _FEW_ROWS = {
         *((1, 1, 12, 4, 1), (1, 1, 16, 2, 1), (1, 1, 16, 2, 2), (1, 2, 4, 1, 1)),
     ],
     "unstructured": [
-        *((1, 1, 3, 1, 1), (1, 1, 4, 1, 1), (1, 1, 6, 1, 1), (1, 1, 8, 1, 1), (1, 1, 8, 1, 2), (1, 1, 12, 1, 1), (1, 1, 16, 1, 1)),
-        *((1, 2, 4, 1, 1), (1, 2, 8, 1, 1), (1, 4, 4, 1, 1), (1, 2, 6, 1, 1), (1, 4, 2, 1, 1)),
+        *((1, 2, 4, 1, 1), (1, 4, 2, 1, 1), (1, 1, 4, 1, 1), (1, 1, 8, 1, 1), (1, 1, 6, 1, 1), (1, 1, 3, 1, 1), (1, 1, 8, 1, 2)),
+        *((1, 1, 12, 1, 1), (1, 1, 16, 1, 1), (1, 2, 8, 1, 1), (1, 4, 4, 1, 1)),
     ],
 }
 _MORE_ROWS = {
@@ -90,6 +94,13 @@ _WARPGROUPS = ((4, 4, 2), (8, 2, 1), (12, 2, 1))
 """Four warpgroups would leave too few registers for 128 activation rows, and were never the fastest for fewer."""
 _SPLITS = (1, 2, 4, 8)
 _FAR = math.log(3.2)
+_STREAMED = {
+    "nm": ((8, 3, 1, 1), (12, 2, 1, 1), (12, 3, 1, 1), (4, 3, 2, 1), (8, 3, 1, 2), (12, 2, 1, 2)),
+    "unstructured": ((8, 2, 1, 1), (12, 2, 1, 1), (8, 2, 1, 2)),
+}
+"""(warps_row, slots, blocks on a multiprocessor, cluster)"""
+_LARGE = 1 << 25
+"""Weights of fewer elements are faster with whole row groups or halves of them for each block."""
 _SMALL = 1 << 24
 """Weights of more elements are faster through wgmma from 32 activation rows on, whatever the tile."""
 
@@ -101,8 +112,8 @@ def _tile(source: Source, n_tiles: int, shape: tuple[int, int, int, int, int]) -
     copies = 16
     if source is MMA_UNSTRUCTURED:
         registers = 112 if n_tiles == 1 else 128 if n_tiles <= 4 else 168
-        # Several blocks of a multiprocessor would have a table each.
-        copies = 8 if warps_row * warps_k >= 12 else 4
+        # Every block of a multiprocessor has a table, beside x.
+        copies = 8 if n_tiles == 1 and warps_row * warps_k >= 8 else 4
     elif held == 1:
         registers = {1: 80, 2: 64, 4: 56}[parts]
     else:
@@ -130,6 +141,20 @@ def _warpgroup_tiles(source: WarpgroupSource, rows: int, columns: int, m: int, h
     return [tile for distance, tile in found if distance < _FAR] or [found[0][1]]
 
 
+def _streamed_tiles(source: StreamedSource, rows: int, columns: int, m: int, here: Gpu) -> list[Tile]:
+    """Tiles for as many clusters as fit the GPU, or for one or a few for each row group where nearly as many result."""
+    n_tiles = _warpgroup_columns(m)
+    unstructured = source is STREAMED_UNSTRUCTURED
+    parts = unstructured_parts(columns) if unstructured else 1
+    found = []
+    for warps_row, slots, blocks, cluster in _STREAMED["unstructured" if unstructured else "nm"]:
+        groups, fitting = -(-rows // (16 * warps_row * cluster)), here.processors * blocks // cluster
+        splits = fitting // groups
+        whole = 1 <= splits <= -(-columns * parts // UNIT) and splits * groups > 0.9 * fitting
+        found.append(Tile(n_tiles, 1, warps_row, 1, parts, splits if whole else 0, slots, blocks, 4 if unstructured else 16, cluster))
+    return found
+
+
 def _warpgroup_columns(m: int) -> int:
     """N-tiles of the narrowest wgmma form that holds m activation rows."""
     return next(n for n in (1, 2, 4, 8, 16) if m <= 8 * n)
@@ -138,6 +163,10 @@ def _warpgroup_columns(m: int) -> int:
 def _tiles(pattern: str, rows: int, columns: int, m: int, here: Gpu) -> Iterator[tuple[Source, Tile]]:
     """Sources and tiles worth measuring, the likely ones first."""
     for source in sources(pattern, here)[:: -1 if m >= 16 and rows * columns > _SMALL else 1]:
+        if isinstance(source, StreamedSource):
+            if m > 8 and rows * columns >= _LARGE:
+                yield from ((source, tile) for tile in _streamed_tiles(source, rows, columns, m, here))
+            continue
         if isinstance(source, WarpgroupSource):
             # Up to four rows the copy of x that it needs costs more than it brings.
             if m > 4:
@@ -174,8 +203,10 @@ def configs(pattern: str, problem: Problem, here: Gpu) -> list[Config]:
 def parse(pattern: str, config: Config) -> tuple[Source, Tile] | None:
     """Source and tile of a configuration, or None where a table of another version holds something else."""
     file, *fields = config or ("",)
+    # Tables of older versions lack the last field.
+    known = len(Tile.__dataclass_fields__) - len(fields) in (0, 1)
     for source in _SOURCES[pattern]:
-        if source.file == file and len(fields) == len(Tile.__dataclass_fields__) and all(isinstance(f, int) for f in fields):
+        if source.file == file and known and all(isinstance(f, int) for f in fields):
             return source, Tile(*fields)  # type: ignore[arg-type]
     return None
 
@@ -195,7 +226,7 @@ def _rule(pattern: str, rows: int, columns: int, m: int, here: Gpu) -> tuple[Sou
     Few row tiles leave multiprocessors idle, so more warps share the columns of each; from 9 activation rows on, x is a
     sizable part of the traffic, so more row tiles share a block.
     """
-    source = sources(pattern, here)[-1 if m > 16 else 0]
+    source = sources(pattern, here)[1 if m > 16 and here.arch == "sm_90a" else 0]
     count = min(m, source.max_rows)
     tiles = -(-rows // 16)
     parts = unstructured_parts(columns) if pattern == "unstructured" else 1

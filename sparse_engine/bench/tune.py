@@ -224,10 +224,13 @@ class _Weight:
         return settled, wrong
 
     def _ordered(self, kernel: Kernel, problem: Problem, rows: int) -> list[Config]:
-        """The likely ones first, should the time run out: the best for the last number of rows, and what a library's search finds."""
+        """The likely ones first, should the time run out.
+
+        They are the best for the last number of rows, the one that dispatch has now, and what a library's search finds.
+        """
         configs = list(kernel.configs(problem))
         last = self.last_best.get(kernel.name)
-        likely = [config for config in (last, *self._suggested(kernel, rows)) if config in configs]
+        likely = [config for config in (last, *_held(kernel, problem, configs), *self._suggested(kernel, rows)) if config in configs]
         return list(dict.fromkeys(likely + configs))
 
     def _suggested(self, kernel: Kernel, rows: int) -> Sequence[Config]:
@@ -261,6 +264,14 @@ class _Weight:
         if not tried or us < _HOPELESS * min(c.us for c in tried):
             us = replay.median_us(_FIRST_REPLAYS)
         tried.append(Candidate(kernel, config, replay, us))
+
+
+def _held(kernel: Kernel, problem: Problem, configs: Sequence[Config]) -> list[Config]:
+    """That of ``configs`` which the tables have for ``problem``; those of an older version may lack its last fields."""
+    assert problem.gpu is not None
+    shape = (problem.out_features, problem.in_features)
+    held = tuning.lookup(problem.gpu, tuning.pattern_key(problem.pattern), problem.dtype, shape, problem.rows).get(kernel.name)
+    return [c for c in configs if c[: len(held.config)] == held.config][:1] if held is not None and held.config else []
 
 
 def settle(tried: Sequence[Candidate]) -> dict[str, Measured]:

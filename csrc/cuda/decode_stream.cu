@@ -1,0 +1,191 @@
+// y = x · Wᵀ as decode_wgmma.cu makes it, but CLUSTER blocks share activations, and all row groups together are cut into equal ranges of
+// units: for weights of many row groups, where whole ones would leave multiprocessors idle at the end.
+//
+// `weight` is the layout of decode_nm.cu (a lane's 16 bytes are its part of operand A of a wgmma just as of an mma) or of paired.cuh.
+// x is operand B, see feed.cuh. A block has WARPS_ROW / 4 warpgroups of 64 weight rows each, and one warp more that fetches x;
+// WARPS_K, PARTS and ROW_TILES are 1, except that unstructured units may be half as long. How clusters share the units and add their sums
+// is in ranges.cuh.
+//
+//   global W --copies of a unit of columns by each warp for itself--> STAGES slots per warp --> registers, expanded
+//   image of x --bulk copies--> X_STAGES buffers of 64 * X_SUBTILES columns --> wgmma, all warpgroups alike
+#define X_PAD 0
+#define PRODUCERS 1
+#define UNSTRUCTURED (PATTERN == 0)
+#include "decode_common.cuh"
+#include "expand.cuh"
+#include "bulk.cuh"
+#include "wgmma.cuh"
+#if UNSTRUCTURED
+#include "paired.cuh"
+#endif
+
+#if WARPS_K != 1 || (!UNSTRUCTURED && PARTS != 1) || ROW_TILES != 1 || WARPS_ROW % 4 != 0
+#error "decode_stream takes whole warpgroups along the rows"
+#endif
+
+// Two subtiles at most for unstructured weights: a unit may be no longer, and the slots need the memory.
+#define X_SUBTILES (N_TILES == 16 || (UNSTRUCTURED && N_TILES == 8) ? 1 : N_TILES == 8 || UNSTRUCTURED ? 2 : 4)
+#define SUBTILE_BYTES (8 * N_TILES * 128)
+#define X_STAGE_BYTES (X_SUBTILES * SUBTILE_BYTES)
+#define BARRIERS_AT (X_STAGES * X_STAGE_BYTES)
+#define SLOTS_AT ((BARRIERS_AT + 8 * (2 * X_STAGES + WARPS_ROW * STAGES) + 127) / 128 * 128)
+#include "store.cuh"
+#include "ranges.cuh"
+#include "feed.cuh"
+
+__device__ __forceinline__ void multiply(float (&d)[N_TILES][4], const u32 (&a)[8], u32 b) {
+  fence_registers();
+  wgmma_dense(d, a[0], a[1], a[2], a[3], describe(b));
+  wgmma_dense(d, a[4], a[5], a[6], a[7], describe(b + 32));
+  commit_products();
+}
+
+#if UNSTRUCTURED
+
+struct Weights {
+  u32 own;
+  Slots slots;
+  Sequence sequence;
+
+  __device__ __forceinline__ void start(const Params& p, u32 smem, int warp, u64 policy) {
+    own = own_table(smem + SLOTS_AT);
+    sequence.rest = own_range(p);
+    sequence.enter(p);
+    slots.init(p, smem + SLOTS_AT + TABLE_BYTES, smem + BARRIERS_AT + 16 * X_STAGES, warp);
+    slots.start(p, sequence, policy);
+  }
+
+  __device__ __forceinline__ void multiply_all(float (&d)[N_TILES][4], const Params& p, Reader& x, int rounds, u64 policy) {
+    for (int round = 0; round < rounds; ++round) {
+      Unit unit;
+      slots.open(unit);
+      for_each_step(unit, own, [&](int s, const u32(&a)[8]) {
+        multiply(d, a, x.open(s));
+        x.close(s);
+      });
+      slots.close(p, sequence, policy);
+    }
+  }
+};
+
+#else
+
+#define SLOT_BYTES (9 * 512)
+
+struct Weights {
+  u32 slots, barriers;
+  Ring ring;         // of the oldest unit
+  Sequence sequence; // of the unit to be fetched next
+
+  // Fetches the sequence's next unit, if any, to `slot`.
+  __device__ __forceinline__ void fetch(const Params& p, u32 slot, u64 policy) {
+    if (!sequence.any) return;
+    if ((threadIdx.x & 31) == 0) {
+      barrier_expect(barriers + 8 * slot, SLOT_BYTES);
+      bulk_copy(slots + slot * SLOT_BYTES, p.weight + sequence.unit * (SLOT_BYTES / 16), SLOT_BYTES, barriers + 8 * slot, policy);
+    }
+    sequence.advance(p);
+  }
+
+  __device__ __forceinline__ void start(const Params& p, u32 smem, int warp, u64 policy) {
+    slots = smem + SLOTS_AT + warp * STAGES * SLOT_BYTES;
+    barriers = smem + BARRIERS_AT + 8 * (2 * X_STAGES + warp * STAGES);
+    ring = {0, 0};
+    if ((threadIdx.x & 31) == 0) {
+      for (int s = 0; s < STAGES; ++s)
+        barrier_init(barriers + 8 * s, 1);
+      barrier_init_fence();
+    }
+    __syncwarp();
+    sequence.rest = own_range(p);
+    sequence.enter(p);
+#pragma unroll 1
+    for (u32 s = 0; s < STAGES; ++s)
+      fetch(p, s, policy);
+  }
+
+  __device__ __forceinline__ void multiply_all(float (&d)[N_TILES][4], const Params& p, Reader& x, int rounds, u64 policy) {
+    const int lane = threadIdx.x & 31;
+#if PATTERN == 24
+    uint4 a[2];
+#else
+    u32 a[2][8], codes[4];
+#endif
+    for (int round = 0; round < rounds; ++round) {
+      const u32 slot = slots + ring.slot * SLOT_BYTES + lane * 16;
+      barrier_wait(barriers + 8 * ring.slot, ring.parity);
+      u32 positions[4], values[3][4]; // of the next steps: shared memory's latency passes while earlier ones are multiplied
+      load_shared_x4(slot, positions);
+      load_shared_x4(slot + 512, values[0]);
+      load_shared_x4(slot + 1024, values[1]);
+#pragma unroll
+      for (int s = 0; s < 8; ++s) {
+        if (s + 2 < 8) load_shared_x4(slot + (s + 3) * 512, values[(s + 2) % 3]);
+        const u32(&now)[4] = values[s % 3];
+        const uint4 v = make_uint4(now[0], now[1], now[2], now[3]);
+#if PATTERN == 24
+        a[s % 2] = v;
+        const u32 b = x.open(s);
+        fence_registers();
+        if (s % 2 == 0)
+          wgmma_sparse<0>(d, a[0], describe(b), positions[s / 2]);
+        else
+          wgmma_sparse<1>(d, a[1], describe(b), positions[s / 2]);
+        commit_products();
+#else
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          codes[i] = s % 2 == 0 ? code_selectors(positions[s / 2], i) : codes[i] >> 16;
+        expand_step(v, codes, a[s % 2]);
+        multiply(d, a[s % 2], x.open(s));
+#endif
+        x.close(s);
+      }
+      __syncwarp();
+      fetch(p, ring.slot, policy);
+      ring.advance(STAGES);
+    }
+  }
+};
+
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_stream(const __grid_constant__ Params p) {
+  extern __shared__ __align__(1024) unsigned char dynamic[];
+  const u32 smem = shared_address(dynamic);
+  const int warp = threadIdx.x >> 5;
+  const u64 policy = weight_policy();
+  Weights weights;
+  if (warp < WARPS_ROW)
+    weights.start(p, smem, warp, policy);
+  else if (threadIdx.x == 32 * WARPS_ROW)
+    init_buffers(smem);
+#if UNSTRUCTURED
+  fill_table(smem + SLOTS_AT);
+#endif
+  release_successor();
+  __syncthreads();
+#if CLUSTER > 1
+  // Barriers were made visible to other blocks by their own fence.
+  meet();
+#endif
+
+  Range rest = own_range(p);
+  if (warp < WARPS_ROW) {
+    Reader x = {smem, 0, {0, 0}, false};
+    Segment segment;
+    while (rest.next(p, segment)) {
+      float sums[N_TILES][4] = {};
+      weights.multiply_all(sums, p, x, segment.last - segment.first, policy);
+      wait_products<0>();
+      wait_predecessor();
+      finish_segment(p, sums, segment);
+    }
+  } else {
+    feed(p, smem, rest);
+  }
+#if CLUSTER > 1
+  // A block may not leave while others still reach into its shared memory.
+  meet();
+#endif
+}
