@@ -34,9 +34,9 @@ from sparse_engine.engine.kernels.embed import EmbeddingParams
 from sparse_engine.engine.kernels.embed import _Params as EmbedParams
 from sparse_engine.engine.kernels.layernorm import _Params as LayerNormParams
 from sparse_engine.engine.kernels.layernorm import row_macros
+from sparse_engine.engine.kernels.sample import StateParams, macros_of, warp
 from sparse_engine.engine.kernels.sample import _Params as SampleParams
 from sparse_engine.engine.kernels.sample import _PenaltyParams as PenaltyParams
-from sparse_engine.engine.kernels.sample import macros_of, warp
 from sparse_engine.errors import InputError
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
@@ -394,6 +394,7 @@ def test_sources_compile_within_their_registers(source: str, macros: dict[str, i
         ("embed.cu", "Params", EmbedParams),
         ("embedding.cuh", "Embedding", EmbeddingParams),
         ("attention_decode.cu", "Params", AttentionParams),
+        ("advance.cuh", "State", StateParams),
         ("sample.cu", "Params", SampleParams),
         ("sample.cu", "PenaltyParams", PenaltyParams),
     ],

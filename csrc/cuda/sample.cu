@@ -6,6 +6,8 @@
 //   penalise  block (row, chunk of CHUNK logits): repetition penalty and n-gram ban, into float32 scores
 //
 // Macros: those of row_norm.cuh for the embedding; LOGITS, the type of the logits; CHUNK.
+#include "advance.cuh"
+#include "best.cuh"
 #include "embedding.cuh"
 #include "gather.cuh"
 
@@ -15,86 +17,26 @@
 struct Params {
   const void* logits;      // greedy: (batch, vocabulary)
   const long long* chosen; // advance: (batch,)
-  long long* tokens;       // (batch,) the token that enters the next step
-  int* lengths;            // (batch,) tokens in the cache: the position of that token
-  long long* history;      // (batch, capacity)
-  int* filled;             // (batch,) tokens of history in use
-  const int* limits;       // (batch,) a row finishes when filled gets there
-  unsigned char* finished; // (batch,)
-  const long long* eos;    // (eos_count,)
-  long long pad;
-  int vocabulary, capacity, eos_count, has_embedding;
+  State state;
+  int vocabulary, has_embedding;
   Embedding embedding;
 };
 
-struct RowState {
-  int length, filled, limit;
-  bool finished;
-  long long eos; // one per lane; -1 behind the last
-};
-
-__device__ __forceinline__ RowState read_state(const Params& p, int row) {
-  const int lane = threadIdx.x & 31;
-  return {p.lengths[row], p.filled[row], p.limits[row], p.finished[row] != 0, lane < p.eos_count ? p.eos[lane] : -1};
-}
-
-// Every thread of the block calls it with what it read before a barrier; the first warp writes.
-__device__ __forceinline__ void advance_row(const Params& p, const Affine& affine, int row, const RowState& state, long long chosen) {
-  const long long token = state.finished ? p.pad : chosen;
-  const int length = state.length + !state.finished;
-  if (threadIdx.x < 32) {
-    bool end = state.filled + 1 >= state.limit || state.eos == token;
-#pragma unroll 1
-    for (int i = threadIdx.x + 32; i < p.eos_count; i += 32)
-      end |= p.eos[i] == token;
-    end = __any_sync(0xffffffffu, end);
-    if (threadIdx.x == 0) {
-      p.tokens[row] = token;
-      if (!state.finished) {
-        if (state.filled < p.capacity) p.history[(long long)row * p.capacity + state.filled] = token;
-        p.filled[row] = state.filled + 1;
-        p.lengths[row] = length;
-        if (end) p.finished[row] = 1;
-      }
-    }
-  }
-  if (p.has_embedding) embed_row(p.embedding, affine, row, token, length);
+// Every thread of the block calls it with what it read before a barrier.
+__device__ __forceinline__ void follow(const Params& p, const Affine& affine, int row, const RowState& before, long long chosen) {
+  const long long token = before.finished ? p.state.pad : chosen;
+  if (threadIdx.x < 32) advance_row(p.state, row, before, token);
+  if (p.has_embedding) embed_row(p.embedding, affine, row, token, before.length + !before.finished);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) advance(const __grid_constant__ Params p) {
   release_successor();
   const Affine affine = load_norm(p.embedding);
   wait_predecessor();
-  const RowState state = read_state(p, blockIdx.x);
+  const RowState before = read_state(p.state, blockIdx.x);
   const long long chosen = p.chosen[blockIdx.x];
   __syncthreads();
-  advance_row(p, affine, blockIdx.x, state, chosen);
-}
-
-// A value's order among all, as an integer above 0: equal for both zeros, NaN above all.
-__device__ __forceinline__ u32 order_of(float v) {
-  const u32 bits = __float_as_uint(v + 0.0f);
-  return bits ^ (bits & 0x80000000u ? 0xffffffffu : 0x80000000u);
-}
-
-// The largest order and the first index that has it.
-struct Best {
-  u32 order, index;
-};
-
-__device__ __forceinline__ void take(Best& best, float v, u32 index) {
-  const u32 order = order_of(v);
-  if (order > best.order) best = {order, index};
-}
-
-__device__ __forceinline__ Best warp_best(const Best& b) {
-  const u32 order = __reduce_max_sync(0xffffffffu, b.order);
-  return {order, __reduce_min_sync(0xffffffffu, b.order == order ? b.index : 0xffffffffu)};
-}
-
-__device__ __forceinline__ Best best_of(const Best* shared, int count) {
-  const int lane = threadIdx.x & 31;
-  return warp_best(lane < count ? shared[lane] : Best{0, 0xffffffffu});
+  follow(p, affine, blockIdx.x, before, chosen);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) greedy(const __grid_constant__ Params p) {
@@ -105,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) greedy(const __grid_consta
   if (parts > 1) gather_open(&gathered, parts * (int)sizeof(Best));
   const Affine affine = load_norm(p.embedding);
   wait_predecessor();
-  const RowState state = read_state(p, row);
+  const RowState before = read_state(p.state, row);
   const char* logits = (const char*)p.logits + (long long)row * p.vocabulary * BYTES_OF<LOGITS>;
   Best best = {0, 0xffffffffu};
   if (p.vocabulary % LOGITS_VECTOR == 0 && (u64)p.logits % 16 == 0) {
@@ -140,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) greedy(const __grid_consta
     gather_wait(&gathered);
     best = best_of(of_parts, parts);
   }
-  advance_row(p, affine, row, state, best.index);
+  follow(p, affine, row, before, best.index);
 }
 
 #ifdef CHUNK

@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_engine import native, registry, value_types
+from sparse_engine import native
 from sparse_engine.engine import native_step
 from sparse_engine.engine.choice import Choice
 from sparse_engine.engine.kernels import advance
 from sparse_engine.engine.kernels.embed import POSITION_OFFSET
 from sparse_engine.engine.native_step import Decoder, Description
 from sparse_engine.engine.prefill import chunks
+from sparse_engine.engine.product import Int8Product, int8_head
 from sparse_engine.engine.runner import Cache, Runner
-from sparse_engine.errors import InputError
 from sparse_engine.linear import SparseLinear
 
 __all__ = ["CpuRunner", "int8_head", "objection"]
@@ -44,10 +44,8 @@ class CpuRunner(Runner):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
-        wanted = getattr(model.config, "head_values", None)
-        if wanted not in (None, "int8"):
-            raise InputError(f"head_values is {wanted!r} in the model's config: it is int8 or None")
-        head = int8_head(model.lm_head.weight) if wanted else None
+        int8 = self.weights.head
+        head = {"values": int8.values, "scales": int8.scales} if isinstance(int8, Int8Product) else None
         self._description = Description(model, head=head)
         self._prompt = _Prompt(model, head)
         self._decoder: Decoder | None = None
@@ -75,14 +73,8 @@ class CpuRunner(Runner):
             choice.take(logits, cache.state)
 
 
-def int8_head(weight: Tensor) -> dict[str, Tensor]:
-    """``values`` int8 (V, E) and ``scales`` float32 (V,) of an output head, dense rows quantised as packed int8 ones are."""
-    levels, scales = value_types.get("int8").quantise(weight.detach())
-    return {"values": levels, **scales}
-
-
 class _Product:
-    """y (T, out) = x (T, in) Wᵀ + b in x's type; a weight that is not of that type is expanded some rows at a time."""
+    """y (T, out) = x (T, in) Wᵀ + b in x's type; a weight that is not dense and of that type is expanded some rows at a time."""
 
     def __init__(self, module: Any, dtype: torch.dtype) -> None:
         self.rows, self.columns, self.dtype = module.out_features, module.in_features, dtype
@@ -94,8 +86,6 @@ class _Product:
         x = x.to(self.dtype)
         if self.weight is not None and self.weight.dtype is self.dtype:
             return F.linear(x, self.weight, self.bias)
-        if self.packed is not None and self.packed.tensors["values"].dtype is self.dtype is torch.bfloat16:
-            return registry.get("cpu").run(x, self.packed.tensors, self.bias, self.packed.pattern)
         step = max(1, min(self.rows, _TILE_BYTES // (self.dtype.itemsize * self.columns)))
         scratch = torch.empty(step, self.columns, dtype=self.dtype)
         parts = []

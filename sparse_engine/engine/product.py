@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse_engine import value_types
+from sparse_engine.engine.kernels.int8 import int8_linear
 from sparse_engine.linear import SparseLinear
 
-__all__ = ["DenseProduct", "PackedProduct", "Product", "SideBySide", "product", "stacked"]
+__all__ = ["DenseProduct", "Int8Product", "PackedProduct", "Product", "SideBySide", "int8_head", "product", "stacked"]
 
 
 class Product(ABC):
@@ -47,6 +49,24 @@ class DenseProduct(Product):
             # cuBLASLt applies the ReLU in its epilogue.
             return torch._addmm_activation(self.bias, x, self.transposed)
         y = F.linear(x, self.weight, self.bias)
+        return F.relu(y) if relu else y
+
+
+def int8_head(weight: Tensor) -> dict[str, Tensor]:
+    """``values`` int8 (V, E) and ``scales`` float32 (V,) of an output head, dense rows quantised as packed int8 ones are."""
+    levels, scales = value_types.get("int8").quantise(weight.detach())
+    return {"values": levels, **scales}
+
+
+class Int8Product(Product):
+    """An output head as :func:`int8_head` stores it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        head = int8_head(weight)
+        self.values, self.scales = head["values"], head["scales"]
+
+    def __call__(self, x: Tensor, *, relu: bool = False) -> Tensor:
+        y = int8_linear(x, self.values, self.scales)
         return F.relu(y) if relu else y
 
 

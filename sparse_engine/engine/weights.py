@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparse_engine.engine.product import DenseProduct, Product, product, stacked
+from sparse_engine.engine.product import DenseProduct, Int8Product, Product, product, stacked
+from sparse_engine.errors import InputError
 from sparse_engine.linear import SparseLinear
 
 __all__ = ["DecoderLayer", "DecoderWeights", "LayerNormWeights", "fingerprint", "plans", "why_not"]
@@ -60,7 +61,11 @@ class DecoderWeights:
 
     @classmethod
     def of(cls, model: Any) -> DecoderWeights:
-        """Read a model for which :func:`why_not` has no objection; q, k and v of each layer then share one stacked weight."""
+        """Read a model for which :func:`why_not` has no objection; q, k and v of each layer then share one stacked weight.
+
+        Raises:
+            InputError: the config asks for an output head of an unknown type.
+        """
         decoder, config = model.model.decoder, model.config
         layers = []
         for layer in decoder.layers:
@@ -84,7 +89,7 @@ class DecoderWeights:
             bool(config.do_layer_norm_before),
             None if decoder.final_layer_norm is None else LayerNormWeights.of(decoder.final_layer_norm),
             projections[1],
-            DenseProduct(model.lm_head.weight.detach(), None),
+            _head(model),
             int(config.num_attention_heads),
             int(config.hidden_size),
         )
@@ -100,6 +105,13 @@ class DecoderWeights:
     @property
     def vocabulary(self) -> int:
         return self.tokens.shape[0]
+
+
+def _head(model: Any) -> Product:
+    wanted, weight = getattr(model.config, "head_values", None), model.lm_head.weight.detach()
+    if wanted not in (None, "int8"):
+        raise InputError(f"head_values is {wanted!r} in the model's config: it is int8 or None")
+    return DenseProduct(weight, None) if wanted is None else Int8Product(weight)
 
 
 def why_not(model: Any) -> str | None:

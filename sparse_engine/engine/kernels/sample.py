@@ -16,7 +16,7 @@ from sparse_engine.engine.kernels.embed import Embedding, EmbeddingParams, embed
 from sparse_engine.engine.kernels.layernorm import row_macros
 from sparse_engine.errors import InputError
 
-__all__ = ["DecodeState", "advance", "greedy", "penalise", "sample"]
+__all__ = ["DecodeState", "StateParams", "advance", "greedy", "penalise", "sample"]
 
 _SPLITS = 8
 """Blocks of the cluster that shares a row of logits."""
@@ -70,13 +70,28 @@ class DecodeState:
             launching.check(name, tensor, shape, dtype, device)
 
 
+class StateParams(ctypes.Structure):
+    """``State`` of csrc/cuda/advance.cuh."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("tokens", "lengths", "history", "filled", "limits", "finished", "eos")),
+        ("pad", ctypes.c_longlong),
+        *((name, ctypes.c_int) for name in ("history_size", "eos_count")),
+    )
+
+    @classmethod
+    def of(cls, state: DecodeState) -> StateParams:
+        tensors = (state.tokens, state.lengths, state.history, state.filled, state.limits, state.finished, state.eos)
+        return cls(*(t.data_ptr() for t in tensors), state.pad, state.history.shape[1], state.eos.numel())
+
+
 class _Params(ctypes.Structure):
     """``Params`` of csrc/cuda/sample.cu."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("logits", "chosen", "tokens", "lengths", "history", "filled", "limits", "finished", "eos")),
-        ("pad", ctypes.c_longlong),
-        *((name, ctypes.c_int) for name in ("vocabulary", "capacity", "eos_count", "has_embedding")),
+        *((name, ctypes.c_void_p) for name in ("logits", "chosen")),
+        ("state", StateParams),
+        *((name, ctypes.c_int) for name in ("vocabulary", "has_embedding")),
         ("embedding", EmbeddingParams),
     )
 
@@ -114,11 +129,8 @@ def _launch(state: DecodeState, logits: Tensor | None, chosen: Tensor | None, em
     params = _Params(
         logits.data_ptr() if logits is not None else None,
         chosen.data_ptr() if chosen is not None else None,
-        *(t.data_ptr() for t in (state.tokens, state.lengths, state.history, state.filled, state.limits, state.finished, state.eos)),
-        state.pad,
+        StateParams.of(state),
         logits.shape[1] if logits is not None else 0,
-        state.history.shape[1],
-        state.eos.numel(),
         int(embedding is not None),
         embedding.params() if embedding is not None else EmbeddingParams(),
     )
