@@ -97,7 +97,7 @@ def _lines(out: Path) -> dict[str, dict[str, object]]:
 
 
 def test_shipped_recipes_have_the_published_shape(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert set(shipped_recipes()) == {"offline-28m", "opt-125m-350m", "recovery-28m", "smoke"}
+    assert set(shipped_recipes()) == {"offline-28m", "opt-125m-350m", "smoke"}
     monkeypatch.setenv("SPARSE_ENGINE_DATA", str(tmp_path))
     published = load_recipe("opt-125m-350m")
     with_figures = [row for row in published.rows.values() if row.published]
@@ -142,7 +142,7 @@ def test_a_recipe_that_cannot_be_run_is_refused_at_once(
 
 
 def test_unknown_recipes_and_rows_are_named(recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no recipe smok: give a file, or one of offline-28m, opt-125m-350m, recovery-28m, smoke"):
+    with pytest.raises(InputError, match=r"no recipe smok: give a file, or one of offline-28m, opt-125m-350m, smoke"):
         load_recipe("smok")
     with pytest.raises(InputError, match="no row 'fall': it has base, full, recovered, merged"):
         run_study(recipe, tmp_path, rows=["fall"])

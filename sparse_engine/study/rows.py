@@ -120,6 +120,7 @@ def _costs(result: Mapping[str, Any], dense: Mapping[str, Any] | None) -> dict[s
         "peak_host_mb": None if cost["peak_host_nbytes"] is None else cost["peak_host_nbytes"] / 1e6,
         "train_seconds": _seconds(result, "finetune"),
         "prune_seconds": _seconds(result, "prune"),
+        "heldout_loss": _heldout_loss(result),
     }
     line["seconds_per_example"] = line["seconds"] / line["examples"]
     for batch, speed in result["speed"].items():
@@ -150,6 +151,12 @@ def _loop(result: Mapping[str, Any]) -> str:
 def _seconds(result: Mapping[str, Any], kind: str) -> float | None:
     times = [step.get("seconds") for step in result["steps"] if step["kind"] == kind]
     return None if None in times else float(sum(times)) if times else 0.0
+
+
+def _heldout_loss(result: Mapping[str, Any]) -> float | None:
+    """Nats per answer token of the held-out examples after training; None where the model was changed since, or never trained."""
+    changes = [step for step in result["steps"] if step["kind"] != "merge"]
+    return changes[-1].get("result", {}).get("validation_loss") if changes else None
 
 
 def _recoveries(result: Mapping[str, Any], dense: Mapping[str, Any] | None) -> dict[str, Interval]:

@@ -77,6 +77,7 @@ def comparison_columns(lines: Sequence[Line]) -> list[Column]:
         Column("length ratio", _beside("test_length_ratio", ".2f")),
         Column("peak GPU (MB)", _beside("peak_device_mb", ",.0f")),
         Column("peak host (MB)", _beside("peak_host_mb", ",.0f")),
+        Column("held-out loss", _beside("heldout_loss", ".4f")),
         Column("training (s)", _beside("train_seconds", ",.0f")),
     ]
     return columns
