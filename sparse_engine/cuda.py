@@ -39,7 +39,7 @@ _INTERLEAVE_NONE, _SWIZZLE_128B, _PROMOTE_L2_256B, _FILL_ZEROS = 0, 3, 3, 0  # C
 
 
 def source_folder() -> Path:
-    """The folder of the .cu files: inside an installed package, else in the repository."""
+    """The folder of the .cu files, and of their headers in ``include``: inside an installed package, else in the repository."""
     here = Path(__file__).resolve().parent
     for folder in (here / "csrc" / "cuda", here.parent / "csrc" / "cuda"):
         if folder.is_dir():
@@ -81,8 +81,9 @@ def compile_cubin(source: str, arch: str, macros: Mapping[str, int]) -> bytes:
         KernelUnavailableError: NVRTC is missing or rejects the source.
     """
     folder = source_folder()
+    headers = folder / "include"
     digest = hashlib.sha256()
-    for path in [folder / source, *sorted(folder.glob("*.cuh"))]:
+    for path in [folder / source, *sorted(headers.glob("*.cuh"))]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     defines = [f"{name}={value}" for name, value in sorted(macros.items())]
     try:
@@ -92,7 +93,7 @@ def compile_cubin(source: str, arch: str, macros: Mapping[str, int]) -> bytes:
         target = cache_folder() / f"{Path(source).stem}-{arch}-{digest.hexdigest()[:32]}.cubin"
         if target.is_file():
             return target.read_bytes()
-        options = ProgramOptions(arch=arch, std="c++17", include_path=str(folder), define_macro=list(defines))
+        options = ProgramOptions(arch=arch, std="c++17", include_path=str(headers), define_macro=list(defines))
         cubin = bytes(Program((folder / source).read_text(), "c++", options).compile("cubin").code)
     except Exception as error:  # NVRTC, a missing library and a driver too old for it all raise types of their own
         raise KernelUnavailableError(f"NVRTC cannot compile {source} for {arch}: {error}") from error

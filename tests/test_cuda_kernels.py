@@ -140,7 +140,7 @@ def test_sparse_metadata_names_the_kept_positions() -> None:
 
 
 def test_parameters_match_the_source() -> None:
-    header = (cuda.source_folder() / "decode_common.cuh").read_text()
+    header = (cuda.source_folder() / "include" / "decode_common.cuh").read_text()
     body = re.search(r"struct Params \{(.*?)\};", header, re.S)
     assert body is not None
     declared = [name for line in re.sub(r"//.*", "", body[1]).split(";") for name in re.findall(r"[*\s](\w+)\s*(?:,|$)", line.strip())]
@@ -170,7 +170,9 @@ def nvcc(arch: str, file: str, macros: Mapping[str, int], folder: Path) -> str:
     if (found := shutil.which("nvcc")) is None:
         pytest.skip("no nvcc on the PATH; the kernels are compiled by NVRTC where a GPU is")
     target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-    command = [found, target, "-std=c++17", "-cubin", "-Xptxas", "-v", "-o", str(folder / "out.cubin"), str(cuda.source_folder() / file)]
+    source = cuda.source_folder() / file
+    options = ["-std=c++17", "-cubin", "-Xptxas", "-v", "-I", str(source.parent / "include"), "-o", str(folder / "out.cubin")]
+    command = [found, target, *options, str(source)]
     result = subprocess.run([*command, *(f"-D{k}={v}" for k, v in macros.items())], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return result.stderr

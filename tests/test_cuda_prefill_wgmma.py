@@ -23,7 +23,7 @@ TILES = [*SparseWgmmaForm.tiles, PrefillTile(20, 2, 2, 4, a_shared=1), PrefillTi
 
 
 def test_parameters_match_the_source() -> None:
-    header = (cuda.source_folder() / "prefill_common.cuh").read_text()
+    header = (cuda.source_folder() / "include" / "prefill_common.cuh").read_text()
     body = re.search(r"Params \{(.*?)\};", header, re.S)
     assert body is not None
     lines = [line.strip() for line in re.sub(r"//.*", "", body[1]).split(";")]

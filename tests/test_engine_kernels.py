@@ -392,9 +392,9 @@ def test_sources_compile_within_their_registers(source: str, macros: dict[str, i
     [
         ("layernorm.cu", "Params", LayerNormParams),
         ("embed.cu", "Params", EmbedParams),
-        ("embedding.cuh", "Embedding", EmbeddingParams),
+        ("include/embedding.cuh", "Embedding", EmbeddingParams),
         ("attention_decode.cu", "Params", AttentionParams),
-        ("advance.cuh", "State", StateParams),
+        ("include/advance.cuh", "State", StateParams),
         ("sample.cu", "Params", SampleParams),
         ("sample.cu", "PenaltyParams", PenaltyParams),
     ],
