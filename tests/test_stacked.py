@@ -62,17 +62,19 @@ def test_rows_of_a_layout_are_the_layout_of_the_rows(pattern: str, name: str) ->
 
 def test_stacked_layers_keep_working_and_moving() -> None:
     parts = [SparseLinear.from_packed(packed_weight("2:4", (16, 64), seed), backend="dense") for seed in range(3)]
-    x = torch.randn(3, 64).to(torch.bfloat16)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     want = [part(x) for part in parts]
     whole = SparseLinear.stacked(parts)
     assert whole is not None
-    assert torch.equal(whole(x), torch.cat(want, -1))
-    assert all(torch.equal(part(x), y) for part, y in zip(parts, want, strict=True))
+    # A library's product of another shape or alignment may add in another order.
+    torch.testing.assert_close(whole(x), torch.cat(want, -1), rtol=1e-2, atol=1e-2)
+    for part, y in zip(parts, want, strict=True):
+        torch.testing.assert_close(part(x), y, rtol=1e-2, atol=1e-2)
     held = {t.untyped_storage().data_ptr() for layer in (whole, *parts) for _, _, layout in layer.plan() for t in layout.values()}
     assert len(held) == len(whole.plan()[0][2]), "one layout for all"
     unpacked = parts[1].unpack()
     assert torch.equal(parts[1].float().unpack(), unpacked.float())
-    assert torch.equal(parts[0](x), want[0])
+    torch.testing.assert_close(parts[0](x), want[0], rtol=1e-2, atol=1e-2)
     assert SparseLinear.stacked([parts[0], parts[1]]) is None, "of two types"
     assert SparseLinear.stacked([SparseLinear.from_packed(packed_weight("2:4", (16, 64), 0), backend="reference")] * 2) is None
 
