@@ -15,6 +15,7 @@
 #include "expand.cuh"
 #include "bulk.cuh"
 #include "wgmma.cuh"
+#include "unit_products.cuh"
 #if UNSTRUCTURED
 #include "paired.cuh"
 #endif
@@ -32,13 +33,6 @@
 #include "store.cuh"
 #include "ranges.cuh"
 #include "feed.cuh"
-
-__device__ __forceinline__ void multiply(float (&d)[N_TILES][4], const u32 (&a)[8], u32 b) {
-  fence_registers();
-  wgmma_dense(d, a[0], a[1], a[2], a[3], describe(b));
-  wgmma_dense(d, a[4], a[5], a[6], a[7], describe(b + 32));
-  commit_products();
-}
 
 #if UNSTRUCTURED
 
@@ -106,41 +100,11 @@ struct Weights {
 
   __device__ __forceinline__ void multiply_all(float (&d)[N_TILES][4], const Params& p, Reader& x, int rounds, u64 policy) {
     const int lane = threadIdx.x & 31;
-#if PATTERN == 24
-    uint4 a[2];
-#else
-    u32 a[2][8], codes[4];
-#endif
+    Operands operands;
     for (int round = 0; round < rounds; ++round) {
       const u32 slot = slots + ring.slot * SLOT_BYTES + lane * 16;
       barrier_wait(barriers + 8 * ring.slot, ring.parity);
-      u32 positions[4], values[3][4]; // of the next steps: shared memory's latency passes while earlier ones are multiplied
-      load_shared_x4(slot, positions);
-      load_shared_x4(slot + 512, values[0]);
-      load_shared_x4(slot + 1024, values[1]);
-#pragma unroll
-      for (int s = 0; s < 8; ++s) {
-        if (s + 2 < 8) load_shared_x4(slot + (s + 3) * 512, values[(s + 2) % 3]);
-        const u32(&now)[4] = values[s % 3];
-        const uint4 v = make_uint4(now[0], now[1], now[2], now[3]);
-#if PATTERN == 24
-        a[s % 2] = v;
-        const u32 b = x.open(s);
-        fence_registers();
-        if (s % 2 == 0)
-          wgmma_sparse<0>(d, a[0], describe(b), positions[s / 2]);
-        else
-          wgmma_sparse<1>(d, a[1], describe(b), positions[s / 2]);
-        commit_products();
-#else
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          codes[i] = s % 2 == 0 ? code_selectors(positions[s / 2], i) : codes[i] >> 16;
-        expand_step(v, codes, a[s % 2]);
-        multiply(d, a[s % 2], x.open(s));
-#endif
-        x.close(s);
-      }
+      multiply_unit(d, slot, x, operands);
       __syncwarp();
       fetch(p, ring.slot, policy);
       ring.advance(STAGES);

@@ -1,19 +1,9 @@
 // Activations in shared memory as operand B of wgmma: X_STAGES buffers of 64 * X_SUBTILES columns. Needs decode_common.cuh, bulk.cuh,
-// wgmma.cuh and ranges.cuh before it.
+// wgmma.cuh, unit_products.cuh and ranges.cuh before it.
 //
 // A warp behind the multiplying ones copies them from the image that arrange.cu makes of x. Each block of a cluster fetches its share for
 // all of them, since for many activation rows x, read by every block, is more traffic than W.
 #pragma once
-
-struct Ring {
-  u32 slot, parity;
-  __device__ __forceinline__ void advance(u32 size) {
-    if (++slot == size) {
-      slot = 0;
-      parity ^= 1;
-    }
-  }
-};
 
 // The buffers of x as a consumer warp goes through them, step by step.
 struct Reader {

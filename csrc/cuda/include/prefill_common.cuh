@@ -140,17 +140,6 @@ __device__ __forceinline__ void tensor_copy(u32 target, const u64* map, int colu
 #endif
 }
 
-// Arrives at the barrier that block `rank` of the cluster has at this address.
-__device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
-  asm volatile("{\n"
-               ".reg .b32 remote;\n"
-               "mapa.shared::cluster.u32 remote, %0, %1;\n"
-               "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
-               "}" ::"r"(barrier),
-               "r"(rank)
-               : "memory");
-}
-
 // A barrier of the 128 threads of one consumer warpgroup.
 __device__ __forceinline__ void warpgroup_sync() { asm volatile("bar.sync %0, 128;" ::"r"(1 + (threadIdx.x >> 7)) : "memory"); }
 
@@ -181,7 +170,7 @@ struct Buffers {
 #if CLUSTER == 1
     if (lane == 0) barrier_arrive(empty);
 #else
-    if (lane < CLUSTER) barrier_arrive_at(empty, blockIdx.y * CLUSTER + lane);
+    if (lane < CLUSTER) barrier_arrive_in(empty, blockIdx.y * CLUSTER + lane);
 #endif
   }
 
