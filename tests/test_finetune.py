@@ -15,7 +15,8 @@ from sparse_engine.convert import convert
 from sparse_engine.data import AnswerCollator, Pair, encode_pairs
 from sparse_engine.errors import InputError, SparseEngineError
 from sparse_engine.evaluate.answer import answer_likelihood
-from sparse_engine.hf import SparseOPTForCausalLM
+from sparse_engine.evaluate.summarise import summarise_many
+from sparse_engine.hf import EngineOPTForCausalLM, SparseOPTForCausalLM
 from sparse_engine.pattern import SparsityPattern
 from sparse_engine.train.adapters import Adapter, load_adapter
 from sparse_engine.train.base import masks_of
@@ -254,6 +255,39 @@ def test_a_pruned_student_comes_closer_to_its_teacher(dense: Path, tmp_path: Pat
             return float(distillation_loss(mine, taught, inside, 1.0))
 
         assert distance(report.out) < 0.6 * distance(student)
+
+
+@pytest.mark.parametrize("answers", ["teacher", "both"])
+def test_the_teachers_own_answers_are_learnt(
+    dense: Path, pruned: dict[str, Path], tmp_path: Path, answers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+    monkeypatch.setattr(
+        "sparse_engine.train.finetune.encode_pairs",
+        lambda pairs, *a, **k: written.append(list(pairs)) or encode_pairs(written[-1], *a, **k),
+    )
+    chosen = settings("sparse-full", learning_rate=1e-3, epochs=1, answers=answers, max_summary_tokens=12)
+    report = finetune(str(pruned["2:4"]), tmp_path / "out", TRAIN, HELD_OUT, chosen, teacher=str(dense))
+    own = [
+        text
+        for text, _ in summarise_many(
+            EngineOPTForCausalLM.from_pretrained(dense),
+            AutoTokenizer.from_pretrained(dense),
+            [p.text for p in TRAIN],
+            max_new_tokens=12,
+            max_text_tokens=40,
+        )
+    ]
+    assert any(own)
+    taught = [text or pair.summary for text, pair in zip(own, TRAIN, strict=True)]
+    assert [p.summary for p in written[0]] == ([p.summary for p in TRAIN] if answers == "both" else []) + taught
+    assert written[1] == HELD_OUT
+    assert report.steps == len(written[0]) // 4
+
+
+def test_answers_of_a_teacher_need_one(pruned: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--answers both needs a --teacher"):
+        finetune(str(pruned["2:4"]), tmp_path / "out", TRAIN, HELD_OUT, settings("sparse-full", answers="both"))
 
 
 def test_accumulated_steps_are_one_larger_batch(dense: Path, pruned: dict[str, Path], tmp_path: Path) -> None:

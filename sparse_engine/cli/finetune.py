@@ -65,6 +65,9 @@ def finetune(
     text_windows: Annotated[
         int, typer.Option("--text-windows", help="Learn from so many windows of a long text, for distillation; 1: from its start.")
     ] = _DEFAULT.text_windows,
+    answers: Annotated[
+        str, typer.Option("--answers", help="reference summaries, the teacher's own, or both: sequence-level distillation.")
+    ] = _DEFAULT.answers,
     precision: Annotated[str, typer.Option("--precision", help="auto, bf16 or fp32 computation; weights train in fp32.")] = "auto",
     seed: Annotated[int, typer.Option("--seed")] = _DEFAULT.seed,
     dtype: Dtype = None,
@@ -87,6 +90,7 @@ def finetune(
         max_text_tokens=max_text_tokens,
         max_summary_tokens=max_summary_tokens,
         text_windows=text_windows,
+        answers=answers,
         evaluations=evaluations,
         patience=patience,
         seed=seed,

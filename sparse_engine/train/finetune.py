@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,8 @@ def finetune(
         raise InputError(f"fine-tuning needs training and validation examples, got {len(train)} and {len(validation)}")
     if importlib.util.find_spec("accelerate") is None:
         raise InputError("fine-tuning needs the accelerate package: pip install 'sparse-engine[train]'")
+    if settings.answers != "reference" and teacher is None:
+        raise InputError(f"--answers {settings.answers} needs a --teacher to write them")
     started = time.monotonic()
     path = resolve(source)
     checkpoint = Checkpoint(path)
@@ -92,14 +95,15 @@ def finetune(
         "data": _fingerprint(train, validation),
     }
     place = _own_device(torch.device(device))
-    with _main_process_alone(place) as main:
-        if main:
-            _begin(work, description, resume=resume)
-
     from sparse_engine.cli.common import load_tokenizer
     from sparse_engine.train.run import build_trainer, train_with_resume
 
     tokenizer = load_tokenizer(path)
+    answered = partial(_answered, train, teacher, tokenizer, settings, work / "teacher-answers", place, track)
+    with _main_process_alone(place) as main:
+        if main:
+            _begin(work, description, resume=resume)
+            answered()
     limits = {
         "max_text_tokens": settings.max_text_tokens,
         "max_summary_tokens": settings.max_summary_tokens,
@@ -107,7 +111,7 @@ def finetune(
     }
     examples = [
         encode_pairs(track(pairs, f"encoding {name} examples", len(pairs)), tokenizer, text_windows=count, **limits)
-        for name, pairs, count in (("training", train, settings.text_windows), ("validation", validation, 1))
+        for name, pairs, count in (("training", answered(), settings.text_windows), ("validation", validation, 1))
     ]
     model = _model(path, masks, settings, place)
     taught_by = _teacher(teacher, checkpoint) if teacher else None
@@ -226,6 +230,23 @@ def _teacher(teacher: str, student: Checkpoint) -> Any:
             "distillation needs the same vocabulary"
         )
     return load_dense(path)
+
+
+def _answered(
+    train: Sequence[Pair],
+    teacher: str | None,
+    tokenizer: Any,
+    settings: FinetuneSettings,
+    folder: Path,
+    device: torch.device,
+    track: Track,
+) -> Sequence[Pair]:
+    """The training examples with the answers that the settings ask for; written by the first call, read by the others."""
+    if teacher is None:
+        return train
+    from sparse_engine.train.answers import teacher_pairs
+
+    return teacher_pairs(resolve(teacher), tokenizer, train, settings, folder, device=device, track=track)
 
 
 def _write(

@@ -20,6 +20,7 @@ METHODS = {
 
 _PRECISIONS = ("auto", "bf16", "fp32")
 _DISTILL_ON = ("answer", "all")
+_ANSWERS = ("reference", "teacher", "both")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,8 @@ class FinetuneSettings:
         model_dropout: replaces the model's own dropout, which a model that was trained without it does not bear; None keeps it.
         text_windows: at most so many consecutive windows of ``max_text_tokens`` of a training text become examples, each with the
             text's summary. More than the first are texts that the teacher can be asked about, and no true example of the task.
+        answers: what follows a training text's prompt: its "reference" summary, the one that the "teacher" writes, or "both", which
+            makes two examples of each text (:mod:`sparse_engine.train.answers`).
         evaluations: times per epoch that validation loss is measured and a checkpoint is kept.
         patience: evaluations without a better validation loss before training stops; 0 never stops early.
         bits: 8 or 4 for a quantised base of an adapter method; None picks 8 for qlora and none for sparse-lora; 0 forces none.
@@ -61,6 +64,7 @@ class FinetuneSettings:
     max_text_tokens: int = 1024
     max_summary_tokens: int = 128
     text_windows: int = 1
+    answers: str = "reference"
     evaluations: int = 2
     patience: int = 0
     seed: int = 0
@@ -77,7 +81,13 @@ class FinetuneSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))
-        for name, known in (("method", tuple(METHODS)), ("precision", _PRECISIONS), ("distill_on", _DISTILL_ON), ("bits", (None, 0, 4, 8))):
+        for name, known in (
+            ("method", tuple(METHODS)),
+            ("precision", _PRECISIONS),
+            ("distill_on", _DISTILL_ON),
+            ("answers", _ANSWERS),
+            ("bits", (None, 0, 4, 8)),
+        ):
             if getattr(self, name) not in known:
                 raise InputError(f"{name} {getattr(self, name)!r} is unknown: use {', '.join(str(k) for k in known if k is not None)}")
         positive = ("epochs", "learning_rate", "batch_size", "accumulate", "evaluations", "rank", "alpha", "distill_temperature")
