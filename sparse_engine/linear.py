@@ -200,11 +200,13 @@ class SparseLinear(nn.Module):
                 setattr(self, name, tensor)
         self._plan, self._layout_owner = None, None
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.values.device)).dtype
-        scales = getattr(self, "scales", None)
+        stored = dict(self.named_buffers(recurse=False)) if self.value_type != PLAIN else {}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if scales is not None and self.scales.dtype != scales.dtype:
-            # A cast is for activations and bias; scales keep the type that they are stored in, and so their exact values.
-            self.scales = scales.to(self.scales.device)
+        for name, tensor in stored.items():
+            moved = getattr(self, name)
+            if moved.dtype != tensor.dtype:
+                # A cast is for activations and bias; what is stored keeps its type, and so its exact values.
+                setattr(self, name, tensor.to(moved.device))
         if planned and not self.values.is_meta:
             self.plan()
         return self

@@ -22,7 +22,7 @@ def mapped_ranges(folder: Path) -> list[tuple[int, int]]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc/self/maps")
-@pytest.mark.parametrize("settings", [{}, {"values": "int8"}, {"values": "int4"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"values": "int8"}, {"values": "fp8"}, {"values": "int4"}], ids=str)
 def test_packed_tensors_are_not_copied_at_load(tiny_opt: Path, tmp_path: Path, settings: dict[str, str]) -> None:
     convert(tiny_opt, tmp_path / "packed", pattern=SparsityPattern.nm(2, 4), **settings)
     model = SparseOPTForCausalLM.from_pretrained(tmp_path / "packed").eval()

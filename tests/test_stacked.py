@@ -26,7 +26,7 @@ def packed_weight(pattern: str, shape: tuple[int, int], seed: int, device: str =
     return formats.for_pattern(parsed).pack(weight, Mask(parsed, keep)).to(device)
 
 
-@pytest.mark.parametrize("values", ["plain", "int8", "int4"])
+@pytest.mark.parametrize("values", ["plain", "int8", "fp8", "int4"])
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "0.5"])
 def test_stacked_weight_has_the_rows_of_its_parts(pattern: str, values: str) -> None:
     parsed = SparsityPattern.parse(pattern)

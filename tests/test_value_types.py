@@ -43,22 +43,31 @@ def pack(text: str, rows: int, columns: int, kind: str, dtype: torch.dtype = tor
     return formats.for_pattern(pattern).pack(weight, mask, value_type=kind), mask.apply(weight)
 
 
+def e4m3(byte: int) -> float:
+    """Sign, four bits of exponent, three of mantissa; Micikevicius et al. 2022, table 1."""
+    sign, exponent, mantissa = -1.0 if byte & 0x80 else 1.0, byte >> 3 & 15, byte & 7
+    return float(sign * (2.0 ** (exponent - 7) * (1 + mantissa / 8) if exponent else 2.0**-6 * mantissa / 8))
+
+
 def levels_by_hand(packed: PackedWeight) -> Tensor:
     """float64 weights read out of the stored bytes one at a time, by the definition on disk."""
     rows, columns = packed.shape
     keep = formats.get(packed.format).keep(packed)
-    values, scales = packed.tensors["values"].flatten().tolist(), packed.tensors["scales"].double()
+    values, scales = packed.tensors["values"].flatten().view(torch.uint8).tolist(), packed.tensors["scales"].double()
     dense = torch.zeros(rows, columns, dtype=torch.float64)
     place = 0
     for row in range(rows):
         for index, column in enumerate(torch.nonzero(keep[row]).flatten().tolist()):
             if packed.value_type == "int8":
-                dense[row, column] = values[place + index] * scales[row]
+                level = values[place + index]
+                dense[row, column] = (level - 256 if level > 127 else level) * scales[row]
+            elif packed.value_type == "fp8":
+                dense[row, column] = e4m3(values[place + index]) * scales[row]
             else:
                 nibble = values[place + index // 2] >> 4 * (index % 2) & 0xF
                 dense[row, column] = (nibble - 16 if nibble > 7 else nibble) * scales[row, column // 128]
         kept = int(keep[row].sum())
-        place += kept if packed.value_type == "int8" else (kept + 1) // 2
+        place += (kept + 1) // 2 if packed.value_type == "int4" else kept
     assert place == len(values)
     return dense
 
@@ -84,10 +93,13 @@ def test_what_is_stored_reads_as_defined_and_is_near_the_weight(
     assert torch.equal(fmt.unpack(packed), exact.to(torch.float32).to(dtype))
     specs = fmt.specs(packed.shape, pattern, dtype, packed.nnz, kind)
     assert {name: (tuple(t.shape), t.dtype) for name, t in packed.tensors.items()} == {n: (s.shape, s.dtype) for n, s in specs.items()}
-    # int8 is off by half a level at most; int4 may clip, but never to a larger squared error than rounding without.
-    step = weight.double().abs().amax(1, keepdim=True) / (127 if kind == "int8" else 7)
+    # int8 is off by half a level at most, fp8 by a sixteenth of the weight or half the smallest level; int4 may clip, but never to a
+    # larger squared error than rounding without.
+    step = weight.double().abs().amax(1, keepdim=True) / {"int8": 127, "fp8": 448, "int4": 7}[kind]
     if kind == "int8":
         assert bool(((exact - weight.double()).abs() <= step * (0.5 + 1e-4)).all())
+    elif kind == "fp8":
+        assert bool(((exact - weight.double()).abs() <= (weight.double().abs() / 16).clamp_min(step * 2**-10) * (1 + 1e-4)).all())
     else:
         assert float((exact - weight.double()).square().sum()) <= float((packed_mask(packed) * (step * 0.51) ** 2).sum())
 
@@ -138,10 +150,11 @@ def test_check_refuses_levels_and_scales_out_of_range(kind: str, text: str) -> N
     packed, _ = pack(text, 4, 64, kind)
     fmt = formats.get(packed.format)
     values, scales = packed.tensors["values"], packed.tensors["scales"]
-    lowest = values.clone()
-    lowest.view(torch.uint8).flatten()[5] = 0x80
-    with pytest.raises(CheckpointError, match=r"fc1: values holds -(8|128), where int[48] levels are"):
-        fmt.check(replace(packed, tensors={**packed.tensors, "values": lowest}), "fc1")
+    for byte in (0x7F, 0xFF) if kind == "fp8" else (0x80,):
+        wrong = values.clone()
+        wrong.view(torch.uint8).flatten()[5] = byte
+        with pytest.raises(CheckpointError, match=r"fc1: values holds (-8|-128|NaN), where (int4|int8|fp8) levels are"):
+            fmt.check(replace(packed, tensors={**packed.tensors, "values": wrong}), "fc1")
     for bad in (-1.0, torch.nan, torch.inf):
         spoiled = scales.clone()
         spoiled.flatten()[-1] = bad
@@ -195,7 +208,7 @@ def test_kernels_without_a_form_for_the_values_say_so(kind: str) -> None:
         registry.select(problem, "torch_semi_structured")
     able = [verdict.kernel for verdict in registry.explain(problem) if verdict.reason is None]
     assert able == ["reference"]
-    assert problem.packed_nbytes == 64 * 256 * ({"int8": 5, "int4": 3}[kind] / 8)
+    assert problem.packed_nbytes == 64 * 256 * (3 if kind == "int4" else 5) / 8
 
 
 @KINDS
@@ -239,14 +252,14 @@ def test_what_cannot_be_asked_for_is_refused_in_a_sentence(kind: str, tiny_opt: 
     for source, options in ((packed, {}), (tiny_opt, {"pattern": SparsityPattern.nm(2, 4), "values": kind})):
         with pytest.raises(InputError, match=f"compressed-tensors' sparse layouts hold no {kind} values: write --format packed or dense"):
             convert(source, tmp_path / "out", output="compressed-tensors", **options)
-    with pytest.raises(InputError, match="values can be quantised to int4 or int8, got 'int2'"):
+    with pytest.raises(InputError, match="values can be quantised to fp8 or int4 or int8, got 'int2'"):
         convert(tiny_opt, tmp_path / "out", pattern=SparsityPattern.nm(2, 4), values="int2")
     with pytest.raises(InputError, match="nm, sparsity and values are for dense checkpoints"):
         SparseOPTForCausalLM.from_pretrained(packed, values=kind)
     assert not (tmp_path / "out").exists()
     refused = cli("convert", tiny_opt, "--nm", "2:4", "--values", "plain")
     assert refused.code == 2
-    assert "values can be quantised to int4 or int8, got 'plain'" in refused.err
+    assert "values can be quantised to fp8 or int4 or int8, got 'plain'" in refused.err
 
 
 def test_damaged_descriptions_are_refused_before_anything_is_loaded(tiny_opt: Path, tmp_path: Path) -> None:
@@ -274,10 +287,10 @@ def test_inspect_names_the_values_and_counts_their_bytes(kind: str, tiny_opt: Pa
     assert made.code == 0
     shown = json.loads(cli("inspect", tmp_path / "out", "--json", "--verify", "--device", "cpu").out)
     layer = next(row for row in shown["layers"] if row["layer"] == FC1)
-    weights, scales = 128 * 64, 128 * 4 if kind == "int8" else 128 * 2
+    weights, scales = 128 * 64, 128 * (2 if kind == "int4" else 4)
     assert layer["values"] == kind
     assert layer["dtype"] == "bfloat16"
-    assert layer["stored_nbytes"] == weights * {"int8": 5, "int4": 3}[kind] // 8 + scales
+    assert layer["stored_nbytes"] == weights * (3 if kind == "int4" else 5) // 8 + scales
     assert layer["dense_nbytes"] == 2 * weights
     table = cli("inspect", tmp_path / "out", "--device", "cpu")
     assert f"{kind} for bfloat16" in table.out

@@ -11,12 +11,13 @@ import torch
 from sparse_engine.bench.shapes import HIDDEN, LAYERS, PATTERNS, shape_of
 from sparse_engine.errors import InputError
 from sparse_engine.pattern import SparsityPattern
-from sparse_engine.value_types import PLAIN
+from sparse_engine.value_types import PLAIN, all_value_types
 
 __all__ = ["DTYPES", "FIELDS", "REGIMES", "VALUES", "Suite", "key_of", "wrong_field"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-VALUES = {name: (dtype, PLAIN) for name, dtype in DTYPES.items()} | {name: (torch.bfloat16, name) for name in ("int8", "int4")}
+VALUES = {name: (dtype, PLAIN) for name, dtype in DTYPES.items()}
+VALUES |= {name: (torch.bfloat16, name) for name in sorted(all_value_types().keys() - {PLAIN})}
 """What the results call a weight's values: its type, which is that of the activations and of the dense weight it is compared with, and how
 its kept values are stored."""
 

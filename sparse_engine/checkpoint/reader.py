@@ -26,6 +26,7 @@ MANIFEST = "sparse_engine.json"
 
 _DTYPES = {
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
     "F16": torch.float16,
     "F32": torch.float32,
     "F64": torch.float64,

@@ -36,7 +36,7 @@ def bench(
     regime: Regime = "decode",
     rows: Annotated[list[str] | None, typer.Option("--rows", metavar="M", help="Activation rows in the place of the regime's.")] = None,
     patterns: Annotated[list[str] | None, typer.Option("--patterns", metavar="PATTERN", help="2:4, 4:8 or unstructured.")] = None,
-    dtypes: Annotated[list[str] | None, typer.Option("--dtypes", metavar="TYPE", help="bf16, fp16, fp32, int8 or int4.")] = None,
+    dtypes: Annotated[list[str] | None, typer.Option("--dtypes", metavar="TYPE", help="bf16, fp16, fp32, int8, fp8 or int4.")] = None,
     backend: Backend = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")] = "cuda" if torch.cuda.is_available() else "cpu",
     threads: Annotated[int | None, typer.Option("--threads", help="Threads on a CPU; default: torch's.")] = None,

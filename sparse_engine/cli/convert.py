@@ -70,7 +70,7 @@ def convert(
     ] = None,
     values: Annotated[
         str | None,
-        typer.Option("--values", metavar="TYPE", help="Quantise the kept weights: int8 or int4; default: keep their type."),
+        typer.Option("--values", metavar="TYPE", help="Quantise the kept weights: int8, fp8 or int4; default: keep their type."),
     ] = None,
     lm_head: Annotated[
         str | None, typer.Option("--lm-head", metavar="TYPE", help="int8: decode on a processor with an int8 copy of the output head.")

@@ -80,7 +80,7 @@ def convert(
         calibration: token ids int64 (T,) per sample, for pruners that need statistics.
         device: where one layer at a time is computed.
         dtype: type of all stored floating-point weights; None keeps the checkpoint's.
-        values: "int8" or "int4" quantises the kept weights; None keeps how they are stored.
+        values: "int8", "fp8" or "int4" quantises the kept weights; None keeps how they are stored.
         head: "int8" asks the decode step for an int8 copy of the output head (``SparseOPTConfig.head_values``); packed output only.
         output: "packed", "dense" or "compressed-tensors".
         resume: go on from an interrupted run with the same settings; the result is the same to the bit.

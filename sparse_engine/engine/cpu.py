@@ -19,6 +19,7 @@ from sparse_engine.engine.prefill import chunks
 from sparse_engine.engine.product import Int8Product, int8_head
 from sparse_engine.engine.runner import Cache, Runner
 from sparse_engine.linear import SparseLinear
+from sparse_engine.registry import get
 
 __all__ = ["CpuRunner", "int8_head", "objection"]
 
@@ -33,8 +34,11 @@ def objection(model: Any) -> str | None:
     """Why the native step must not run ``model``, which lies on the CPU, as a phrase that can follow "it", or None when it may."""
     if reason := native_step.available():
         return f"lies on a processor without the native decode step: {reason}"
-    forced = {module.backend for module in model.modules() if isinstance(module, SparseLinear)} - {None, "cpu"}
-    return f"has layers that are to run on backend {min(map(str, forced))}" if forced else None
+    layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    if forced := {module.backend for module in layers} - {None, "cpu"}:
+        return f"has layers that are to run on backend {min(map(str, forced))}"
+    unread = {module.value_type for module in layers} - get("cpu").value_types
+    return f"has {min(unread)} values, which the native step does not read" if unread else None
 
 
 class CpuRunner(Runner):

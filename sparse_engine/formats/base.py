@@ -179,8 +179,10 @@ class Format(ABC):
         """The masked dense (rows, columns) weight: bit for bit what ``Mask.apply`` gave, or what its quantised values stand for."""
         keep, kind = self.keep(packed), value_types.get(packed.value_type)
         levels = kind.load(packed.tensors["values"], keep.sum(1))
-        dense = torch.zeros(packed.shape, dtype=levels.dtype, device=levels.device).masked_scatter_(keep, levels)
-        return kind.dequantise(dense, packed.tensors, packed.dtype)
+        # Levels are spread as bytes where their type has one: torch moves float8 elements by few operators.
+        bits = levels.view(torch.uint8) if levels.element_size() == 1 else levels
+        dense = torch.zeros(packed.shape, dtype=bits.dtype, device=bits.device).masked_scatter_(keep, bits)
+        return kind.dequantise(dense.view(levels.dtype), packed.tensors, packed.dtype)
 
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
         """The reference product x (..., columns) by Wᵀ: unpack, then a dense linear. Every kernel is checked against it."""

@@ -63,7 +63,7 @@ class SparseOPTForCausalLM(EngineGeneration, OPTForCausalLM):  # type: ignore[no
             nm: N:M pattern such as "2:4" for a dense checkpoint; weights that have it already are kept bit for bit.
             sparsity: share to remove, unstructured, instead of ``nm``.
             pruner: one that needs no calibration data.
-            values: "int8" or "int4" quantises the kept weights of a dense checkpoint; None keeps its type.
+            values: "int8", "fp8" or "int4" quantises the kept weights of a dense checkpoint; None keeps its type.
             backend: force one kernel for all layers; None lets the registry choose.
             **kwargs: as of ``PreTrainedModel.from_pretrained`` (``dtype``, ``device_map``, ``attn_implementation``, ...).
 

@@ -256,7 +256,8 @@ def _check_headers(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         CheckpointError: one is missing, or has another shape or type than the config implies.
     """
     expected: dict[str, Tensor] = model.state_dict()
-    exact = {f"{name}.scales" for name, _ in sparse_linears(model)}
+    quantised = ((name, module) for name, module in sparse_linears(model) if module.value_type != PLAIN)
+    exact = {f"{name}.{part}" for name, module in quantised for part in module.packed_names}
     settings = model.config.to_dict()
     for name, tensor in expected.items():
         if checkpoint.family.drops(settings, name):

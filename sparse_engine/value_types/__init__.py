@@ -62,5 +62,5 @@ def quantised(name: str) -> ValueType:
 
 def of_element(element: torch.dtype) -> str:
     """The name of the value type whose ``values`` tensor has this type."""
-    found = (name for name, kind in all_value_types().items() if not element.is_floating_point and kind.element(element) == element)
+    found = (name for name, kind in all_value_types().items() if kind.element(element) == element)
     return next((name for name in found if name != PLAIN), PLAIN)
