@@ -6,13 +6,15 @@
 Random weights at the real shapes, greedy, every row of the same prompt length, no token ends a row. ``prefill_ms`` is the time to the
 first token, ``ms_per_token`` that of each further one; medians. With ``--documents``, ``total_s`` is that of so many prompts, ``batch`` at
 a time. ``weight_bytes`` and ``cache_bytes`` are what a step reads at least. Rows of one model are measured one behind the other in one
-process; ``--keep`` adds them to those that the file holds of the same GPU.
+process; ``--keep`` adds them to those that the file holds of the same GPU, ``--missing`` also leaves out what it holds already, and
+``--seconds`` begins no case after so many: called again with ``--missing``, it goes on where it was interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import statistics
@@ -24,10 +26,12 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from sparse_engine.bench.budget import budget, profiled
+from sparse_engine.bench.budget import budget, profiled, split_by_clocks
 from sparse_engine.bench.environment import device_name, environment, write_json
 from sparse_engine.bench.models import random_model
+from sparse_engine.engine.choice import Choice
 from sparse_engine.engine.generation import VARIABLE
+from sparse_engine.engine.runner import Runner, runner_for
 from sparse_engine.linear import SparseLinear
 
 ENGINES = ("hf-eager", "hf-static", "sparse-engine")
@@ -47,38 +51,48 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--budget", action="store_true", help="also profile the engine's steps: where each microsecond goes")
     parser.add_argument("--keep", action="store_true", help="keep the file's rows that are not measured now")
+    parser.add_argument("--missing", action="store_true", help="as --keep, and measure only the rows that the file has not")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after so many seconds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--name", default="generate.json")
     settings = parser.parse_args()
     file = (settings.out or Path("bench/results") / device_name()) / settings.name
-    found = Results(file, keep=settings.keep)
-    failed = 0
+    found = Results(file, keep=settings.keep or settings.missing)
+    failed, started, left = 0, time.monotonic(), []
+    batches = [int(batch) for batch in settings.batches.split(",")]
     for name in settings.models.split(","):
         cases = [("dense", engine) for engine in settings.engines.split(",") if engine != "sparse-engine"]
         if "sparse-engine" in settings.engines.split(","):
             cases += [(pattern, "sparse-engine") for pattern in settings.patterns.split(",")]
-        model, held = None, None
+        model, held, case = None, None, None
         for pattern, engine in cases:
-            if held != pattern:
-                model = None
-                release()
-                model, held = random_model(name, pattern, torch.bfloat16, settings.device), pattern
-            for head in settings.heads.split(",") if engine == "sparse-engine" else ["bf16"]:
+            for head, batch in itertools.product(settings.heads.split(",") if engine == "sparse-engine" else ["bf16"], batches):
+                key = {"model": name, "batch": batch, "prompt_tokens": settings.prompt, "new_tokens": settings.new}
+                key |= {"documents": settings.documents, "engine": engine, "pattern": pattern, "values": "bf16", "head": head}
+                wants_budget = settings.budget and engine == "sparse-engine"
+                if settings.missing and found.holds(key, budget=wants_budget):
+                    continue
+                if time.monotonic() - started > settings.seconds:
+                    left.append(key)
+                    continue
+                if held != pattern:
+                    model = case = None
+                    release()
+                    model, held = random_model(name, pattern, torch.bfloat16, settings.device), pattern
                 model.config.head_values = None if head == "bf16" else head
-                for batch in map(int, settings.batches.split(",")):
-                    key = {"model": name, "batch": batch, "prompt_tokens": settings.prompt, "new_tokens": settings.new}
-                    key |= {"documents": settings.documents, "engine": engine, "pattern": pattern, "values": "bf16", "head": head}
-                    try:
-                        case = Case(model, engine, batch, settings)
-                        found.add(key, case.measure(), case.budget() if settings.budget and engine == "sparse-engine" else None)
-                    except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
-                        # What one engine cannot run leaves the others' figures to be measured; the exit code tells.
-                        failed += 1
-                        sys.stderr.write(f"{key} failed: {error}\n")
-        model = None
+                try:
+                    case = Case(model, engine, batch, settings)
+                    found.add(key, case.measure(), case.budget() if wants_budget else None)
+                except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
+                    # What one engine cannot run leaves the others' figures to be measured; the exit code tells.
+                    failed += 1
+                    sys.stderr.write(f"{key} failed: {error}\n")
+        model = case = None
         release()
-    return int(failed > 0)
+    if left:
+        sys.stderr.write(f"{len(left)} cases left after {settings.seconds:g} s; --missing goes on with {left[0]}\n")
+    return int(failed > 0 or bool(left))
 
 
 class Results:
@@ -93,6 +107,9 @@ class Results:
             if held["environment"]["gpu"] != self.environment["gpu"]:
                 raise SystemExit(f"{file} was measured on {held['environment']['gpu']}: give another --out or --name")
             self.rows, self.budgets = held["rows"], held.get("budgets", [])
+
+    def holds(self, key: dict[str, Any], *, budget: bool) -> bool:
+        return any(_same(held, key) for held in self.rows) and (not budget or any(_same(held, key) for held in self.budgets))
 
     def add(self, key: dict[str, Any], row: dict[str, Any], parts: list[dict[str, Any]] | None) -> None:
         self.rows = [held for held in self.rows if not _same(held, key)] + [key | row]
@@ -147,8 +164,9 @@ class Case:
         new, rounds, cuda = self.settings.new, self.settings.rounds, self.ids.is_cuda
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        for _ in range(2):
-            self.generate(new, self.batch)
+        # An eager loop has nothing to compile or capture that a few tokens would not.
+        for _ in range(1 if self.engine == "hf-eager" else 2):
+            self.generate(min(8, new) if self.engine == "hf-eager" else new, self.batch)
         self.generate(1, self.batch)
         first = statistics.median(self.generate(1, self.batch) for _ in range(rounds))
         batch_s = statistics.median(self.generate(new, self.batch) for _ in range(rounds))
@@ -167,7 +185,20 @@ class Case:
         }
 
     def budget(self) -> list[dict[str, Any]] | None:
-        return budget(profiled(lambda tokens: self.generate(tokens, self.batch))) if self.ids.is_cuda else None
+        if not self.ids.is_cuda:
+            return None
+        rows = budget(profiled(lambda tokens: self.generate(tokens, self.batch)))
+        runner = runner_for(self.model)
+        whole = getattr(runner, "whole", None) if self.batch == 1 else None
+        if not isinstance(runner, Runner) or whole is None:
+            return rows
+        session = runner.session(1, self.settings.prompt + self.settings.new, Choice(), eos=[], pad=1)
+        session.admit([0], [self.ids[0]], [self.settings.prompt + self.settings.new])
+        cache, clocks = session.cache, []
+        for _ in range(min(20, self.settings.new - 1)):
+            clocks.append(torch.zeros(whole.blocks, 5 * whole.dimensions.layers + 2, 2, dtype=torch.int64, device=self.ids.device))
+            whole(cache.k, cache.v, cache.state, greedy=True, clocks=clocks[-1])
+        return split_by_clocks(rows, torch.stack(clocks).cpu())
 
     def _cache_bytes(self) -> int:
         """Of keys and values that a step reads, in the middle of the generation."""

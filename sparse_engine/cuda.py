@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_ATTRIBUTE_COOPERATIVE = 2  # CU_LAUNCH_ATTRIBUTE_COOPERATIVE
 _ATTRIBUTE_CLUSTER = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _ATTRIBUTE_PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _TENSOR_MAP_KINDS = {torch.uint8: 0, torch.int8: 0, torch.float8_e4m3fn: 0, torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
@@ -201,11 +202,13 @@ def launch(
     *,
     cluster: tuple[int, int] = (1, 1),
     overlap: bool = False,
+    cooperative: bool = False,
 ) -> None:
     """Launch with one structure argument on the current stream of ``device``, which must be the current device.
 
     ``cluster`` groups that many blocks along x and y; ``overlap`` lets the kernel start before its predecessor in the
     stream ends (programmatic dependent launch): only for kernels that wait for it themselves. Both need capability 9.0.
+    ``cooperative``: all blocks are resident at once, so that they may wait for each other, or the launch is refused.
 
     Raises:
         KernelUnavailableError: the driver refuses the launch.
@@ -215,7 +218,7 @@ def launch(
         status = driver.cuKernelSetAttribute(_MAX_DYNAMIC_SHARED, shared_bytes, function.handle, device)
         _check(status, f"asking for {shared_bytes} bytes of shared memory for {function.name}")
         function.prepared[device] = shared_bytes
-    attributes = (_LaunchAttribute * 2)()
+    attributes = (_LaunchAttribute * 3)()
     count = 0
     if cluster != (1, 1):
         attributes[count].id = _ATTRIBUTE_CLUSTER
@@ -223,6 +226,10 @@ def launch(
         count += 1
     if overlap:
         attributes[count].id = _ATTRIBUTE_PROGRAMMATIC
+        attributes[count].value[0] = 1
+        count += 1
+    if cooperative:
+        attributes[count].id = _ATTRIBUTE_COOPERATIVE
         attributes[count].value[0] = 1
         count += 1
     stream = torch.cuda.current_stream(device).cuda_stream

@@ -19,7 +19,7 @@ import torch
 from sparse_engine import cuda, native, registry, tuning
 from sparse_engine.bench import conditions, linear_gpu, read_floor, report, run
 from sparse_engine.bench import tune as bench_tune
-from sparse_engine.bench.budget import Span, budget
+from sparse_engine.bench.budget import WHOLE, Span, budget, split_by_clocks
 from sparse_engine.bench.shapes import _random_groups
 from sparse_engine.bench.suite import FIELDS, Suite, key_of, wrong_field
 from sparse_engine.bench.timing import take_turns
@@ -546,3 +546,27 @@ def test_a_budget_charges_each_part_with_what_it_puts_off_the_end() -> None:
     assert sum(row["share"] for row in parts.values()) == pytest.approx(1, abs=1e-3)
     with pytest.raises(ValueError, match="two are needed"):
         budget(spans[1:])
+
+
+def test_the_step_in_one_kernel_is_split_by_its_clocks() -> None:
+    layers, blocks = 2, 3
+    clocks = torch.zeros(4, blocks, 5 * layers + 2, 2, dtype=torch.int64)
+    for block, offset in enumerate((1000, 77000, 5)):
+        for phase in range(5 * layers + 1):
+            # Attention takes 30, all else 10; the first phase has what it needs after 40.
+            clocks[:, block, phase, 0] = offset + 40 + 10 * phase + 20 * ((phase + 3) // 5)
+        clocks[:, block, -1, 0] = offset
+        clocks[:, block, -1, 1] = offset + 40 + 10 * 11 + 40
+    clocks[:, 1, 2] = 0  # a block without a tile in a phase
+    rows = [{"part": WHOLE, "kernels": 1, "us": 95.0, "share": 0.95}, {"part": "other", "kernels": 1, "us": 5.0, "share": 0.05}]
+    parts = {row["part"]: row["us"] for row in split_by_clocks(rows, clocks)}
+    assert parts == {
+        "attention": 30.0,
+        "embedding and first copies": 20.0,
+        "qkv product": 10.0,
+        "out product": 10.0,
+        "fc1 product": 10.0,
+        "fc2 product": 10.0,
+        "head and choice of the token": 5.0,
+        "other": 5.0,
+    }

@@ -10,10 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["LAST", "Span", "budget", "profiled", "roles"]
+__all__ = ["LAST", "Span", "budget", "profiled", "roles", "split_by_clocks"]
 
 LAST = ("greedy", "decode_model")
 """Kernels that end a greedy step of the engine."""
+
+WHOLE = "whole step in one kernel"
+PHASES = ("qkv product", "attention", "out product", "fc1 product", "fc2 product")
+"""Of a layer in that kernel; each product begins with its LayerNorm or with what joins the attention's parts."""
 
 _STEPS = 20
 
@@ -32,7 +36,7 @@ def roles(names: Iterable[str]) -> list[str]:
     role, norms = "embedding", 0
     for name in names:
         if name.startswith("decode_model"):
-            role = "whole step in one kernel"
+            role = WHOLE
         elif name.startswith("attention_decode"):
             role = "attention"
         elif name.startswith("layer_norm"):
@@ -97,3 +101,30 @@ def profiled(generate: Callable[[int], object]) -> list[Span]:
     ends = [index for index, span in enumerate(spans) if span.name.startswith(LAST)]
     # The first half of the steps follows the prompt, whose traffic is still in the caches.
     return spans[ends[-_STEPS - 1] : ends[-1] + 1] if len(ends) > _STEPS else spans
+
+
+def split_by_clocks(rows: Sequence[dict[str, Any]], clocks: torch.Tensor) -> list[dict[str, Any]]:
+    """``rows`` of :func:`budget` with the whole step's kernel divided among its phases.
+
+    ``clocks`` (steps, blocks, 5 * layers + 2, 2) are those of steps of the engine's ``WholeStep``. A phase
+    lasts from when the median block that has a part in it has what it waits for until the same in the next phase: what it computes, its
+    result's way through L2 and the wait for the slowest block.
+    """
+    times = clocks.double()
+    times[times == 0] = torch.nan
+    times = times - times[:, :, -1:, :1]
+    begun = times[..., 0].nanmedian(1).values.nanmedian(0).values[:-1]
+    end = times[:, 0, -1, 1].median()
+    lasting = torch.cat([begun[1:], end[None]]) - begun
+    layers = (len(lasting) - 1) // len(PHASES)
+    parts = dict(zip(PHASES, lasting[:-1].view(layers, -1).sum(0).tolist(), strict=True))
+    parts |= {"head and choice of the token": float(lasting[-1]), "embedding and first copies": float(begun[0])}
+    split: list[dict[str, Any]] = []
+    for row in rows:
+        if row["part"] != WHOLE:
+            split.append(row)
+            continue
+        for part, cycles in parts.items():
+            share = cycles / float(end)
+            split.append({"part": part, "kernels": 0, "us": round(row["us"] * share, 2), "share": round(row["share"] * share, 4)})
+    return sorted(split, key=lambda row: -row["us"])

@@ -72,7 +72,7 @@ class EngineGeneration:
                 **model_kwargs,
             )
         runner, choice, prompts = request
-        self.generation_path = f"engine ({runner.name})"
+        self.generation_path = f"engine ({runner.path(len(prompts))})"
         return _generate(runner, choice, prompts, input_ids, stopping_criteria, generation_config, streamer)
 
 

@@ -64,6 +64,10 @@ class Runner:
         self._plans = plans(model)
         self.fingerprint = fingerprint(model)
 
+    def path(self, batch: int) -> str:
+        """What runs the steps of ``batch`` rows."""
+        return self.name
+
     def batch_bucket(self, batch: int) -> int:
         """Rows that are allocated for ``batch`` of them."""
         return batch

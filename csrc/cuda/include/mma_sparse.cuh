@@ -1,4 +1,4 @@
-// The sparse product of one warp, sm_80 and newer. Needs decode_common.cuh before it.
+// The sparse product of one warp, sm_80 and newer. Needs fragments.cuh before it.
 #pragma once
 
 // d (16 x 8) += A (16 x 32, two of four kept) · B (32 x 8). A lane's `meta` serves two steps of 32 columns, which SELECTOR tells apart.

@@ -41,8 +41,11 @@ def run(
     *,
     cluster: int = 1,
     shared_bytes: int = 0,
+    cooperative: bool = False,
 ) -> None:
     """Launch ``function`` of csrc/cuda/``source`` on the current stream of ``device``; ``cluster`` groups that many blocks along y.
+
+    ``cooperative``: all blocks are resident at once, and none starts before the stream's earlier kernels have ended.
 
     Raises:
         KernelUnavailableError: it cannot be compiled or launched.
@@ -50,8 +53,19 @@ def run(
     index = device.index
     if index != torch.cuda.current_device():
         with torch.cuda.device(index):
-            return run(source, function, macros, grid, threads, argument, device, cluster=cluster, shared_bytes=shared_bytes)
+            options = {"cluster": cluster, "shared_bytes": shared_bytes, "cooperative": cooperative}
+            return run(source, function, macros, grid, threads, argument, device, **options)  # type: ignore[arg-type]
     here = gpu(index)
     loaded = cuda.load(source, function, here.arch, tuple(sorted(macros.items())))
-    cuda.launch(loaded, grid, threads, shared_bytes, argument, index, cluster=(1, cluster), overlap=here.hopper)
+    cuda.launch(
+        loaded,
+        grid,
+        threads,
+        shared_bytes,
+        argument,
+        index,
+        cluster=(1, cluster),
+        overlap=here.hopper and not cooperative,
+        cooperative=cooperative,
+    )
     return None
