@@ -301,6 +301,47 @@ def test_row_groups_are_cut_among_clusters(pattern: str, shape: tuple[int, int],
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("warps_row", "warps_k", "blocks"), [(1, 2, 1), (2, 4, 1), (1, 3, 2)])
+@pytest.mark.parametrize("shape", [(9000, 600), (9000, 1100), (5003, 2050)], ids=str)
+def test_blocks_stay_for_several_row_groups(shape: tuple[int, int], warps_row: int, warps_k: int, blocks: int) -> None:
+    packed = make_packed("0.5", shape, torch.bfloat16, "cuda")
+    kernel = registry.get("cuda_unstructured")
+    layout = kernel.prepare(packed)
+    for m, n_tiles in ((1, 1), (5, 1), (16, 2)):
+        config = ("decode_unstructured.cu", n_tiles, 1, warps_row, warps_k, cuda_tiles.unstructured_parts(shape[1]), 1, 2, blocks, 4, 1)
+        x = torch.randn(m, shape[1], device="cuda", dtype=torch.bfloat16)
+        torch.full((m, shape[0]), float("nan"), device="cuda", dtype=torch.bfloat16)
+        y = kernel.run_config(x, layout, None, packed.pattern, config)
+        assert relative_error(y, expected_product(x, packed, None)) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("warps_row", "warps_k"), [(4, 1), (4, 2), (4, 3), (8, 2)])
+@pytest.mark.parametrize(
+    ("pattern", "shape"), [("2:4", (600, 2052)), ("4:8", (330, 4104)), ("4:8", (72, 264)), ("0.5", (601, 2050)), ("0.5", (200, 1000))]
+)
+def test_warpgroups_share_the_columns(pattern: str, shape: tuple[int, int], warps_row: int, warps_k: int) -> None:
+    """Also where they are more than a block's units."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("wgmma needs compute capability 9.0")
+    packed = make_packed(pattern, shape, torch.bfloat16, "cuda")
+    kernel = registry.get(KERNEL_OF[pattern])
+    layout = kernel.prepare(packed)
+    bias = torch.randn(shape[0], device="cuda", dtype=torch.bfloat16)
+    parts = cuda_tiles.unstructured_parts(shape[1]) if pattern == "0.5" else 1
+    for (m, n_tiles), splits in itertools.product(((5, 1), (17, 4), (64, 8), (127, 16)), (1, 2, 3)):
+        if warps_row * warps_k > 12 and n_tiles > 4:
+            continue
+        config = ("decode_wgmma.cu", n_tiles, 1, warps_row, warps_k, parts, splits, 2, 1, 4, 1)
+        assert cuda_tiles.parse({"0.5": "unstructured"}.get(pattern, pattern), config) is not None
+        for offset in (0, 1):
+            x = torch.randn(m, shape[1] + 8, device="cuda", dtype=torch.bfloat16)[:, offset : offset + shape[1]]
+            torch.full((m, shape[0]), float("nan"), device="cuda", dtype=torch.bfloat16)
+            y = kernel.run_config(x, layout, bias, packed.pattern, config)
+            assert relative_error(y, expected_product(x, packed, bias)) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("pattern", list(SHAPES))
 def test_strided_and_unaligned_activations(pattern: str) -> None:
     packed = make_packed(pattern, (48, 776), torch.bfloat16, "cuda")

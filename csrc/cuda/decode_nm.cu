@@ -87,6 +87,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_nm(cons
         if (more) load_positions((const uint4*)((const u32*)(next[rt] + at_positions) + part * (4 / PARTS)), coming[rt], policy);
       }
       u32 x_address = x_lane + slot * stage_bytes;
+#if EXPAND_ARITH
+      u32 codes[ROW_TILES][4];
+#endif
 #pragma unroll
       for (int s = 0; s < STEPS; ++s) {
         float (&sum)[ROW_TILES][N_TILES][4] = acc[s % CHAINS];
@@ -107,7 +110,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_nm(cons
         u32 a[ROW_TILES][8];
 #pragma unroll
         for (int rt = 0; rt < ROW_TILES; ++rt) {
+#if EXPAND_ARITH
+          if (s % 2 == 0) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+              codes[rt][i] = code_selectors(positions[rt][s / 2], i);
+          } else {
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+              codes[rt][i] >>= 16;
+          }
+          expand_step(values[rt][s], codes[rt], a[rt]);
+#else
           expand_step(values[rt][s], positions[rt][s / 2], s % 2 * 16, tables, a[rt]);
+#endif
         }
 #pragma unroll
         for (int nt = 0; nt < N_TILES; ++nt) {

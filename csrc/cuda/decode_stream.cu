@@ -119,13 +119,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_stream(
   const u32 smem = shared_address(dynamic);
   const int warp = threadIdx.x >> 5;
   const u64 policy = weight_policy();
+#if UNSTRUCTURED
+  TableLoad table;
+  table.start();
+#endif
   Weights weights;
   if (warp < WARPS_ROW)
     weights.start(p, smem, warp, policy);
   else if (threadIdx.x == 32 * WARPS_ROW)
     init_buffers(smem);
 #if UNSTRUCTURED
-  fill_table(smem + SLOTS_AT);
+  table.finish(smem + SLOTS_AT);
 #endif
   release_successor();
   __syncthreads();

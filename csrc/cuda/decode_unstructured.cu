@@ -74,13 +74,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_unstruc
   const u32 table_at = PERSISTENT ? sums_at + 2 * sums_bytes : whole_lines(ZERO_BYTES + p.x_buffers * stage_bytes);
   const u32 table = shared_address(smem) + table_at, barriers = table + TABLE_BYTES;
 
+  TableLoad load;
+  load.start();
   Sequence sequence = {0, 0, mine, (int)blockIdx.x, begin, false};
   sequence.enter(p);
   Slots slots;
   slots.init(p, barriers + whole_lines(WARPS * STAGES * 8), barriers, warp);
   slots.start(p, sequence, policy);
   release_successor();
-  fill_table(table);
+  load.finish(table);
   clear_padding(smem, p, p.x_buffers);
   wait_predecessor();
   for (int round = 0; round < (resident ? rounds : 1); ++round)

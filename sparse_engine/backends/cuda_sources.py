@@ -168,15 +168,24 @@ class WarpgroupSource(Source):
     expanded: bool = False
 
     def threads(self, tile: Tile) -> int:
-        return 32 * (tile.warps_row + 1)
+        return 32 * (tile.warps_row * tile.warps_k + 1)
+
+    @property
+    def _unstructured(self) -> bool:
+        return dict(self.macros)["PATTERN"] == 0
+
+    def more_macros(self, tile: Tile) -> dict[str, int]:
+        """Buffers of activations for each k-warp, and how many times 64 columns they hold: no more than half a unit if it may be short."""
+        if self._unstructured:
+            subtiles = 1 if tile.n_tiles >= 8 else 2
+        else:
+            subtiles = max(1, min(4, (16 if tile.warps_k == 1 else 8) // tile.n_tiles))
+        return {"X_STAGES": 3 if subtiles * tile.n_tiles == 16 and (tile.n_tiles == 4 or tile.warps_k > 1) else 4, "X_SUBTILES": subtiles}
 
     def shared_bytes(self, tile: Tile, m: int, depth: int) -> int:
-        if depth:
-            stages, subtiles = 4, 1 if tile.n_tiles >= 8 else 2
-        else:
-            stages, subtiles = 3 if tile.n_tiles == 4 else 4, max(1, min(4, 16 // tile.n_tiles))
-        slots = tile.warps_row * tile.stages
-        buffers = whole_lines(stages * subtiles * tile.n_tiles * 1024 + 8 * (2 * stages + slots))
+        macros = self.more_macros(tile)
+        stages, slots = tile.warps_k * macros["X_STAGES"], tile.warps_k * tile.warps_row * tile.stages
+        buffers = whole_lines(stages * macros["X_SUBTILES"] * tile.n_tiles * 1024 + 8 * (2 * stages + slots))
         buffers += _stream_bytes(tile, depth) if depth else slots * _SLOT_BYTES
         return max(buffers, self._sums_bytes(tile, m))
 
@@ -189,10 +198,6 @@ class StreamedSource(WarpgroupSource):
         stages, slots = self._x_stages(tile), tile.warps_row * tile.stages
         buffers = whole_lines(stages * self._stage_bytes(tile) + 8 * (2 * stages + slots))
         return buffers + (_stream_bytes(tile, depth) if depth else slots * _SLOT_BYTES)
-
-    @property
-    def _unstructured(self) -> bool:
-        return dict(self.macros)["PATTERN"] == 0
 
     def _stage_bytes(self, tile: Tile) -> int:
         """Of a buffer of activations."""

@@ -61,7 +61,7 @@ def unstructured_parts(columns: int) -> int:
     return 1 if columns > 1024 else 2
 
 
-# (row_tiles, warps_row, warps_k, parts, splits), at most a dozen each; wgmma: (warps_row, slots, blocks on a multiprocessor).
+# (row_tiles, warps_row, warps_k, parts, splits), at most a dozen each; wgmma: (warps_row, warps_k, slots, blocks on a multiprocessor).
 _FEW_ROWS = {
     "2:4": [
         *((1, 1, 3, 1, 1), (1, 1, 4, 1, 1), (1, 1, 6, 2, 1), (1, 1, 8, 1, 1), (1, 1, 8, 2, 1), (1, 1, 12, 1, 1), (1, 1, 16, 2, 1)),
@@ -90,9 +90,9 @@ _MORE_ROWS = {
         *((1, 4, 4, 1, 2), (1, 4, 2, 1, 1)),
     ],
 }
-_WARPGROUPS = ((4, 4, 2), (8, 2, 1), (12, 2, 1))
+_WARPGROUPS = ((4, 1, 4, 2), (8, 1, 2, 1), (12, 1, 2, 1), (4, 2, 3, 1), (4, 3, 2, 1))
 """Four warpgroups would leave too few registers for 128 activation rows, and were never the fastest for fewer."""
-_SPLITS = (1, 2, 4, 8)
+_SPLITS = (1, 2, 3, 4, 6, 8)
 _FAR = math.log(3.2)
 _STREAMED = {
     "nm": ((8, 3, 1, 1), (12, 2, 1, 1), (12, 3, 1, 1), (4, 3, 2, 1), (8, 3, 1, 2), (12, 2, 1, 2)),
@@ -128,14 +128,14 @@ def _warpgroup_tiles(source: WarpgroupSource, rows: int, columns: int, m: int, h
     unstructured = source is WGMMA_UNSTRUCTURED
     parts = unstructured_parts(columns) if unstructured else 1
     found: list[tuple[float, Tile]] = []
-    for warps_row, slots, blocks in _WARPGROUPS:
+    for warps_row, warps_k, slots, blocks in _WARPGROUPS:
         for splits in _SPLITS:
-            if splits > 1 and splits * UNIT // parts > columns:
+            if warps_k * splits > 1 and warps_k * splits * UNIT // parts > columns:
                 continue
             share = -(-rows // (16 * warps_row)) * splits / here.processors
-            tile = Tile(n_tiles, 1, warps_row, 1, parts, splits, slots, blocks)
+            tile = Tile(n_tiles, 1, warps_row, warps_k, parts, splits, slots, blocks)
             if unstructured:
-                tile = replace(tile, stages=2, min_blocks=2 if warps_row == 4 else 1, table_copies=4)
+                tile = replace(tile, stages=2, min_blocks=2 if warps_row * warps_k == 4 else 1, table_copies=4)
             found.append((abs(math.log(share)), tile))
     found.sort(key=lambda each: each[0])
     return [tile for distance, tile in found if distance < _FAR] or [found[0][1]]

@@ -211,9 +211,15 @@ __device__ __forceinline__ void finish_and_store(float* sums, const Params& p, i
   for (int e = rank * THREADS + threadIdx.x; e < p.m * FOURS; e += splits * THREADS) {
     const int n = e / FOURS, four = e % FOURS;
     const u32 address = shared_address(red + n * PITCH + four);
-    float4 sum = cluster_read(address, 0);
-    for (int s = 1; s < splits; ++s)
-      add(sum, cluster_read(address, s));
+    // Of all blocks at once: each read takes its time, and a cluster has eight blocks at most.
+    float4 parts[8];
+#pragma unroll
+    for (int s = 0; s < 8; ++s)
+      if (s < splits) parts[s] = cluster_read(address, s);
+    float4 sum = parts[0];
+#pragma unroll
+    for (int s = 1; s < 8; ++s)
+      if (s < splits) add(sum, parts[s]);
     store_four(p, n, first_row + four * 4, sum);
   }
   // A block may not leave while others still read its shared memory.

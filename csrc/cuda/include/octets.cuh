@@ -73,6 +73,18 @@ __host__ __device__ constexpr Table make_table() {
 
 __device__ const Table TABLE = make_table();
 
+// Not to be moved towards its use.
+__device__ __forceinline__ u32 load_entry(const u32* entry) {
+  u32 v;
+  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(entry));
+  return v;
+}
+__device__ __forceinline__ u64 load_entry(const u64* entry) {
+  u64 v;
+  asm volatile("ld.global.nc.u64 %0, [%1];" : "=l"(v) : "l"(entry));
+  return v;
+}
+
 __device__ __forceinline__ void store_entry(u32 address, u32 v) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
 }
@@ -80,17 +92,40 @@ __device__ __forceinline__ void store_entry(u32 address, u64 v) {
   asm volatile("st.shared.u64 [%0], %1;" ::"r"(address), "l"(v) : "memory");
 }
 
-// Every thread of the block calls it.
-__device__ __forceinline__ void fill_table(u32 table) {
-  const u32 lane = threadIdx.x & 31;
-  for (u32 first = threadIdx.x & ~31u; first < 512; first += THREADS) {
-    const Entry mine = __ldg(&TABLE.entries[first + lane]);
+// A thread's share of the table on its way to shared memory. Its loads are issued together, before anything that waits for memory: a
+// block's first unit may be there before a second such wait ends.
+struct TableLoad {
+  static constexpr u32 TURNS = (512 + THREADS - 1) / THREADS;
+  Entry mine[TURNS];
+
+  __device__ __forceinline__ void start() {
 #pragma unroll
-    for (u32 i = 0; i < ENTRY_COPIES; ++i) {
-      const u32 place = i * 32 + lane;
-      store_entry(table + first * (8 * TABLE_COPIES) + place * (u32)sizeof(Entry), __shfl_sync(0xffffffffu, mine, place / ENTRY_COPIES));
+    for (u32 turn = 0; turn < TURNS; ++turn)
+      mine[turn] = load_entry(&TABLE.entries[min((threadIdx.x & ~31u) + turn * THREADS, 480u) + (threadIdx.x & 31)]);
+  }
+
+  // Every thread of the block calls it.
+  __device__ __forceinline__ void finish(u32 table) const {
+    const u32 lane = threadIdx.x & 31;
+#pragma unroll
+    for (u32 turn = 0; turn < TURNS; ++turn) {
+      const u32 first = (threadIdx.x & ~31u) + turn * THREADS;
+      if (first >= 512) break;
+#pragma unroll
+      for (u32 i = 0; i < ENTRY_COPIES; ++i) {
+        const u32 place = i * 32 + lane;
+        store_entry(table + first * (8 * TABLE_COPIES) + place * (u32)sizeof(Entry),
+                    __shfl_sync(0xffffffffu, mine[turn], place / ENTRY_COPIES));
+      }
     }
   }
+};
+
+// Every thread of the block calls it.
+__device__ __forceinline__ void fill_table(u32 table) {
+  TableLoad load;
+  load.start();
+  load.finish(table);
 }
 
 // Address of this lane's copy.
