@@ -32,6 +32,8 @@ MAX_ROWS = 64
 _ZERO_BYTES = 128
 _HOPPER_SHARED = 232448
 """Bytes of shared memory that a block may have on the GPUs with wgmma."""
+_USUAL_DEPTH = 46
+"""Words of the deepest unit of an unstructured weight at half density, seldom more."""
 _SLOT_BYTES = 9 * 512
 """Bytes of 16 rows by 256 columns of a 2:4 or 4:8 weight in fragment order."""
 
@@ -175,12 +177,20 @@ class WarpgroupSource(Source):
         return dict(self.macros)["PATTERN"] == 0
 
     def more_macros(self, tile: Tile) -> dict[str, int]:
-        """Buffers of activations for each k-warp, and how many times 64 columns they hold: no more than half a unit if it may be short."""
+        """Buffers of activations for each k-warp, and how many times 64 columns they hold: no more than half a unit if it may be short.
+
+        There are more of them where the slots of weights leave memory free: the activations come from afar, too.
+        """
         if self._unstructured:
             subtiles = 1 if tile.n_tiles >= 8 else 2
+            slots = _stream_bytes(tile, _USUAL_DEPTH // tile.parts)
         else:
             subtiles = max(1, min(4, (16 if tile.warps_k == 1 else 8) // tile.n_tiles))
-        return {"X_STAGES": 3 if subtiles * tile.n_tiles == 16 and (tile.n_tiles == 4 or tile.warps_k > 1) else 4, "X_SUBTILES": subtiles}
+            slots = tile.warps_k * tile.warps_row * tile.stages * _SLOT_BYTES
+        nbytes = subtiles * tile.n_tiles * 1024
+        free = (_HOPPER_SHARED + 1024) // tile.min_blocks - 3072 - slots
+        least = 3 if nbytes == 16384 and (tile.n_tiles == 4 or tile.warps_k > 1) else 4
+        return {"X_STAGES": max(least, min(8, free // (tile.warps_k * nbytes))), "X_SUBTILES": subtiles}
 
     def shared_bytes(self, tile: Tile, m: int, depth: int) -> int:
         macros = self.more_macros(tile)
