@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 PRODUCTS = """
-import sys
+import ast, sys
 
 import torch
 from products import expected_product, relative_error
@@ -20,23 +20,24 @@ from sparse_engine.backends.cuda_tiles import parse, unstructured_parts
 from sparse_engine.bench.shapes import random_packed
 from sparse_engine.pattern import SparsityPattern
 
-pattern, file, tiles = sys.argv[1], sys.argv[2], eval(sys.argv[3])
-kernel = registry.get("cuda_unstructured" if pattern == "unstructured" else "cuda_nm")
-parsed = SparsityPattern.parse("0.5" if pattern == "unstructured" else pattern)
-# The last row tile and the last unit are not full; an unstructured weight of few columns has units of 128.
-for rows, columns in ((200, 1288), (72, 520)):
-    packed = random_packed((rows, columns), parsed, torch.bfloat16, "cuda")
-    layout = kernel.prepare(packed)
-    bias = torch.randn(rows, device="cuda", dtype=torch.bfloat16)
-    for m, *tile in tiles:
-        if pattern == "unstructured":
-            tile[4] = unstructured_parts(columns)
-        x = torch.randn(m, columns, device="cuda", dtype=torch.bfloat16)
-        assert parse(pattern, (file, *tile)), tile
-        y = kernel.run_config(x, layout, bias, parsed, (file, *tile))
-        assert relative_error(y, expected_product(x, packed, bias)) < 1e-2, (rows, m, tile)
+file, patterns, tiles = sys.argv[1], sys.argv[2].split(","), ast.literal_eval(sys.argv[3])
+for pattern in patterns:
+    kernel = registry.get("cuda_unstructured" if pattern == "unstructured" else "cuda_nm")
+    parsed = SparsityPattern.parse("0.5" if pattern == "unstructured" else pattern)
+    # The last row tile and the last unit are not full; an unstructured weight of few columns has units of 128.
+    for rows, columns in ((200, 1288), (72, 520)):
+        packed = random_packed((rows, columns), parsed, torch.bfloat16, "cuda")
+        layout = kernel.prepare(packed)
+        bias = torch.randn(rows, device="cuda", dtype=torch.bfloat16)
+        for m, *tile in tiles:
+            if pattern == "unstructured":
+                tile[4] = unstructured_parts(columns)
+            assert parse(pattern, (file, *tile)), tile
+            x = torch.randn(m, columns, device="cuda", dtype=torch.bfloat16)
+            y = kernel.run_config(x, layout, bias, parsed, (file, *tile))
+            assert relative_error(y, expected_product(x, packed, bias)) < 1e-2, (rows, m, tile)
 torch.cuda.synchronize()
-print("clean:", len(tiles))
+print("clean:", len(patterns) * len(tiles))
 """
 
 # Activation rows, then the fields of a tile.
@@ -45,29 +46,41 @@ _MMA = [
     (33, 8, 1, 2, 4, 1, 2, 2, 1, 8, 1),
 ]
 _SHARED_UNITS = [(1, 1, 1, 1, 4, 4, 1, 2, 2, 16, 1), (7, 1, 2, 2, 4, 2, 1, 2, 1, 16, 1)]
-_WGMMA = [(5, 1, 1, 4, 2, 1, 2, 2, 1, 4, 1), (33, 8, 1, 8, 1, 1, 1, 2, 1, 8, 1), (128, 16, 1, 4, 3, 1, 2, 2, 1, 4, 1)]
-_STREAM = [(5, 1, 1, 4, 1, 1, 0, 2, 1, 16, 2), (33, 8, 1, 8, 1, 1, 3, 2, 1, 8, 1), (128, 16, 1, 4, 1, 1, 0, 2, 1, 8, 1)]
 CASES = [
-    *((pattern, "decode_nm.cu", [*_MMA, *_SHARED_UNITS]) for pattern in ("2:4", "4:8")),
-    ("unstructured", "decode_unstructured.cu", _MMA),
-    *((pattern, "decode_wgmma.cu", _WGMMA) for pattern in ("2:4", "4:8", "unstructured")),
-    *((pattern, "decode_stream.cu", _STREAM) for pattern in ("2:4", "4:8", "unstructured")),
+    ("decode_nm.cu", "2:4,4:8", [*_MMA, *_SHARED_UNITS]),
+    ("decode_unstructured.cu", "unstructured", _MMA),
+    *(
+        (
+            "decode_wgmma.cu",
+            patterns,
+            [(5, 1, 1, 4, 2, 1, 2, 2, 1, 4, 1), (33, 8, 1, 8, 1, 1, 1, 2, 1, 8, 1), (128, 16, 1, 4, 1, 1, 2, 2, 1, 4, 1)],
+        )
+        for patterns in ("2:4,4:8", "unstructured")
+    ),
+    *(
+        (
+            "decode_stream.cu",
+            patterns,
+            [(5, 1, 1, 4, 1, 1, 0, 2, 1, 16, 2), (33, 8, 1, 8, 1, 1, 3, 2, 1, 8, 1), (128, 16, 1, 4, 1, 1, 0, 2, 1, 8, 1)],
+        )
+        for patterns in ("2:4,4:8", "unstructured")
+    ),
 ]
 
 
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-@pytest.mark.parametrize(("pattern", "file", "tiles"), CASES, ids=lambda value: value if isinstance(value, str) else "")
-def test_decode_kernels_are_clean(pattern: str, file: str, tiles: list[tuple[int, ...]], tool: str) -> None:
+@pytest.mark.parametrize(("file", "patterns", "tiles"), CASES, ids=lambda value: value if isinstance(value, str) else "")
+def test_decode_kernels_are_clean(file: str, patterns: str, tiles: list[tuple[int, ...]], tool: str) -> None:
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if sanitizer is None:
         pytest.skip("compute-sanitizer (CUDA toolkit) is not installed")
     # Kernels of the libraries are the libraries' affair.
     filters = [argument for name in ("decode", "arrange") for argument in ("--kernel-regex", f"kns={name}")]
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *filters, sys.executable, "-c", PRODUCTS, pattern, file, repr(tiles)]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *filters, sys.executable, "-c", PRODUCTS, file, patterns, repr(tiles)]
     folders = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
     found = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=240)
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-2000:]
-    assert f"clean: {len(tiles)}" in found.stdout
+    assert f"clean: {len(tiles) * len(patterns.split(','))}" in found.stdout

@@ -60,7 +60,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_nm(cons
   const int x_row = lane & 7, x_chunk = lane >> 3;
 #else
   const int x_row = lane >> 2, x_chunk = lane & 3;
-  const Tables tables = make_tables(lane);
 #endif
   const bool live = N_TILES > 1 || x_row < p.m;
   const int x_column = warp_k / PARTS * (UNIT * 2) + part * STEPS * 64 + x_chunk * 16;
@@ -87,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_nm(cons
         if (more) load_positions((const uint4*)((const u32*)(next[rt] + at_positions) + part * (4 / PARTS)), coming[rt], policy);
       }
       u32 x_address = x_lane + slot * stage_bytes;
-#if EXPAND_ARITH
+#if PATTERN == 48
       u32 codes[ROW_TILES][4];
 #endif
 #pragma unroll
@@ -110,20 +109,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_nm(cons
         u32 a[ROW_TILES][8];
 #pragma unroll
         for (int rt = 0; rt < ROW_TILES; ++rt) {
-#if EXPAND_ARITH
-          if (s % 2 == 0) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-              codes[rt][i] = code_selectors(positions[rt][s / 2], i);
-          } else {
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-              codes[rt][i] >>= 16;
-          }
+          for (int i = 0; i < 4; ++i)
+            codes[rt][i] = s % 2 == 0 ? code_selectors(positions[rt][s / 2], i) : codes[rt][i] >> 16;
           expand_step(values[rt][s], codes[rt], a[rt]);
-#else
-          expand_step(values[rt][s], positions[rt][s / 2], s % 2 * 16, tables, a[rt]);
-#endif
         }
 #pragma unroll
         for (int nt = 0; nt < N_TILES; ++nt) {

@@ -11,6 +11,7 @@ from sparse_engine.errors import KernelUnavailableError
 
 __all__ = [
     "MAX_ROWS",
+    "TYPICAL_DEPTH",
     "UNIT",
     "Gpu",
     "Source",
@@ -19,6 +20,7 @@ __all__ = [
     "Tile",
     "WarpgroupSource",
     "arrange_macros",
+    "blocks_at_once",
     "fit",
     "gpu",
     "macros_of",
@@ -32,8 +34,9 @@ MAX_ROWS = 64
 _ZERO_BYTES = 128
 _HOPPER_SHARED = 232448
 """Bytes of shared memory that a block may have on the GPUs with wgmma."""
-_USUAL_DEPTH = 46
-"""Words of the deepest unit of an unstructured weight at half density, seldom more."""
+TYPICAL_DEPTH = 42
+"""Words of the deepest unit at half density, for choosing tiles before a weight is seen."""
+_SELDOM_DEEPER = 4
 _SLOT_BYTES = 9 * 512
 """Bytes of 16 rows by 256 columns of a 2:4 or 4:8 weight in fragment order."""
 
@@ -141,16 +144,16 @@ class StreamSource(Source):
         return rounds if self._resident(tile, m, depth, rounds, here) >= self._resident(tile, m, depth, 2, here) else 2
 
     def _resident(self, tile: Tile, m: int, depth: int, x_buffers: int, here: Gpu) -> int:
-        return _blocks(tile, self.shared_bytes(tile, m, depth, x_buffers), here)
+        return blocks_at_once(tile, self.shared_bytes(tile, m, depth, x_buffers), here)
 
     def grid(self, tile: Tile, rows: int, units: int, shared: int, here: Gpu) -> tuple[int, int]:
         groups = -(-rows // tile.block_rows)
         if tile.n_tiles > 2:
             return groups, tile.splits
-        return min(groups, max(here.processors * _blocks(tile, shared, here) // tile.splits, 1)), tile.splits
+        return min(groups, max(here.processors * blocks_at_once(tile, shared, here) // tile.splits, 1)), tile.splits
 
 
-def _blocks(tile: Tile, shared: int, here: Gpu) -> int:
+def blocks_at_once(tile: Tile, shared: int, here: Gpu) -> int:
     """Blocks of a tile on one multiprocessor, whose shared memory is 1 KB more than a block may have and of which each block takes 1 KB."""
     return min(tile.min_blocks, (here.shared_limit + 1024) // (shared + 1024))
 
@@ -183,7 +186,7 @@ class WarpgroupSource(Source):
         """
         if self._unstructured:
             subtiles = 1 if tile.n_tiles >= 8 else 2
-            slots = _stream_bytes(tile, _USUAL_DEPTH // tile.parts)
+            slots = _stream_bytes(tile, (TYPICAL_DEPTH + _SELDOM_DEEPER) // tile.parts)
         else:
             subtiles = max(1, min(4, (16 if tile.warps_k == 1 else 8) // tile.n_tiles))
             slots = tile.warps_k * tile.warps_row * tile.stages * _SLOT_BYTES
@@ -226,7 +229,7 @@ class StreamedSource(WarpgroupSource):
 
     def grid(self, tile: Tile, rows: int, units: int, shared: int, here: Gpu) -> tuple[int, int]:
         groups = -(-rows // (tile.block_rows * tile.cluster))
-        fitting = here.processors * _blocks(tile, shared, here) // tile.cluster
+        fitting = here.processors * blocks_at_once(tile, shared, here) // tile.cluster
         return min(groups * tile.splits or fitting, groups * units) * tile.cluster, 1
 
 

@@ -15,6 +15,7 @@ import torch
 from sparse_engine import tuning
 from sparse_engine.backends.cuda_sources import (
     MAX_ROWS,
+    TYPICAL_DEPTH,
     UNIT,
     Gpu,
     Source,
@@ -23,6 +24,7 @@ from sparse_engine.backends.cuda_sources import (
     Tile,
     WarpgroupSource,
     arrange_macros,
+    blocks_at_once,
     fit,
     gpu,
     macros_of,
@@ -30,7 +32,7 @@ from sparse_engine.backends.cuda_sources import (
 from sparse_engine.errors import KernelUnavailableError
 from sparse_engine.registry import Config, Problem
 
-__all__ = ["choose", "compilations", "configs", "estimate_us", "parse", "sources", "unstructured_parts"]
+__all__ = ["TYPICAL_DEPTH", "choose", "compilations", "configs", "estimate_us", "parse", "sources", "unstructured_parts"]
 
 MMA_24 = Source("decode_nm.cu", "decode_nm", (("PATTERN", 24),), x_pad=16)
 MMA_48 = Source("decode_nm.cu", "decode_nm", (("PATTERN", 48),), x_pad=64)
@@ -47,9 +49,6 @@ _SOURCES: dict[str, tuple[Source, ...]] = {
     "unstructured": (MMA_UNSTRUCTURED, WGMMA_UNSTRUCTURED, STREAMED_UNSTRUCTURED),
 }
 
-TYPICAL_DEPTH = 42
-"""Words of the deepest unit at half density, for choosing tiles before a weight is seen."""
-
 
 def sources(pattern: str, here: Gpu) -> list[Source]:
     """The kernels for "2:4", "4:8" or "unstructured" that this GPU can run."""
@@ -61,19 +60,19 @@ def unstructured_parts(columns: int) -> int:
     return 1 if columns > 1024 else 2
 
 
-# (row_tiles, warps_row, warps_k, parts, splits), at most a dozen each; wgmma: (warps_row, warps_k, slots, blocks on a multiprocessor).
+# (row_tiles, warps_row, warps_k, parts, splits), the likely ones first, should a tuning run be short of time.
 _FEW_ROWS = {
     "2:4": [
-        *((1, 1, 3, 1, 1), (1, 1, 4, 1, 1), (1, 1, 6, 2, 1), (1, 1, 8, 1, 1), (1, 1, 8, 2, 1), (1, 1, 12, 1, 1), (1, 1, 16, 2, 1)),
+        *((1, 1, 8, 1, 1), (1, 1, 3, 1, 1), (1, 1, 4, 1, 1), (1, 1, 6, 2, 1), (1, 1, 8, 2, 1), (1, 1, 12, 1, 1), (1, 1, 16, 2, 1)),
         (1, 2, 4, 1, 1),
     ],
     "4:8": [
-        *((1, 1, 3, 1, 1), (1, 1, 4, 1, 1), (1, 1, 4, 1, 2), (1, 1, 6, 2, 1), (1, 1, 8, 1, 1), (1, 1, 8, 2, 1), (1, 1, 12, 2, 1)),
-        *((1, 1, 12, 4, 1), (1, 1, 16, 2, 1), (1, 1, 16, 2, 2), (1, 2, 4, 1, 1)),
+        *((1, 1, 8, 1, 1), (1, 1, 16, 2, 1), (1, 1, 8, 2, 1), (1, 1, 4, 1, 1), (1, 1, 12, 2, 1), (1, 1, 3, 1, 1), (1, 2, 4, 1, 1)),
+        *((1, 1, 12, 4, 1), (1, 1, 6, 2, 1), (1, 1, 16, 2, 2), (1, 1, 4, 1, 2)),
     ],
     "unstructured": [
-        *((1, 2, 4, 1, 1), (1, 4, 2, 1, 1), (1, 1, 4, 1, 1), (1, 1, 8, 1, 1), (1, 1, 6, 1, 1), (1, 1, 3, 1, 1), (1, 1, 8, 1, 2)),
-        *((1, 1, 12, 1, 1), (1, 1, 16, 1, 1), (1, 2, 8, 1, 1), (1, 4, 4, 1, 1)),
+        *((1, 1, 8, 1, 1), (1, 1, 4, 1, 1), (1, 2, 4, 1, 1), (1, 1, 12, 1, 1), (1, 1, 6, 1, 1), (1, 4, 2, 1, 1), (1, 1, 3, 1, 1)),
+        *((1, 1, 16, 1, 1), (1, 2, 8, 1, 1)),
     ],
 }
 _MORE_ROWS = {
@@ -82,63 +81,71 @@ _MORE_ROWS = {
         *((2, 4, 4, 1, 1), (1, 1, 3, 1, 1), (1, 1, 12, 4, 1), (1, 1, 12, 2, 1), (1, 2, 6, 2, 1)),
     ],
     "4:8": [
-        *((1, 1, 16, 2, 1), (1, 1, 8, 2, 1), (1, 2, 4, 1, 1), (1, 4, 4, 2, 1), (1, 4, 4, 1, 1), (1, 4, 4, 1, 2), (2, 4, 2, 1, 1)),
-        *((1, 4, 4, 1, 4), (2, 4, 2, 1, 2), (1, 1, 12, 4, 1), (1, 2, 6, 2, 1)),
+        *((1, 1, 16, 2, 1), (1, 4, 4, 1, 1), (1, 1, 8, 2, 1), (1, 2, 6, 2, 1), (1, 4, 4, 2, 1), (1, 2, 4, 1, 1), (1, 4, 4, 1, 2)),
+        *((2, 4, 2, 1, 1), (2, 4, 2, 1, 2), (1, 1, 12, 4, 1), (1, 4, 4, 1, 4)),
     ],
     "unstructured": [
-        *((1, 1, 6, 1, 1), (1, 1, 8, 1, 1), (1, 1, 16, 1, 1), (1, 2, 4, 1, 1), (1, 2, 6, 1, 1), (1, 2, 8, 1, 1), (1, 4, 4, 1, 1)),
-        *((1, 4, 4, 1, 2), (1, 4, 2, 1, 1)),
+        *((1, 1, 8, 1, 1), (1, 2, 4, 1, 1), (1, 1, 4, 1, 1), (1, 4, 2, 1, 1), (1, 1, 6, 1, 1), (1, 2, 6, 1, 1), (1, 1, 16, 1, 1)),
+        *((1, 4, 4, 1, 1), (1, 4, 4, 1, 2)),
     ],
 }
-_WARPGROUPS = ((4, 1, 4, 2), (8, 1, 2, 1), (12, 1, 2, 1), (4, 2, 3, 1), (4, 3, 2, 1))
-"""Four warpgroups would leave too few registers for 128 activation rows, and were never the fastest for fewer."""
-_SPLITS = (1, 2, 3, 4, 6, 8)
-_FAR = math.log(3.2)
+_WARPGROUPS = {
+    "nm": ((4, 1, 4, 2), (8, 1, 2, 1), (12, 1, 2, 1), (4, 2, 3, 1), (4, 1, 8, 1)),
+    "unstructured": ((4, 2, 2, 1), (4, 1, 3, 1), (8, 1, 2, 1), (4, 1, 2, 2), (12, 1, 2, 1)),
+}
+"""(warps_row, warps_k, slots, blocks on a multiprocessor). Sixteen warps would leave too few registers for 64 activation rows."""
+_AT_ONCE = {1: 1.0, 2: 1.0, 3: 0.95, 4: 0.91, 6: 0.82, 8: 0.91}
+"""The part of a GPU that clusters of so many blocks can fill: they lie within a group of its multiprocessors (measured for 2, 4, 8)."""
 _STREAMED = {
-    "nm": ((8, 3, 1, 1), (12, 2, 1, 1), (12, 3, 1, 1), (4, 3, 2, 1), (8, 3, 1, 2), (12, 2, 1, 2)),
-    "unstructured": ((8, 2, 1, 1), (12, 2, 1, 1), (8, 2, 1, 2)),
+    "nm": ((8, 3, 1, 1), (12, 2, 1, 1), (12, 3, 1, 1), (4, 3, 2, 1), (8, 3, 1, 2)),
+    "unstructured": ((8, 2, 1, 1), (12, 2, 1, 1)),
 }
 """(warps_row, slots, blocks on a multiprocessor, cluster)"""
 _LARGE = 1 << 25
 """Weights of fewer elements are faster with whole row groups or halves of them for each block."""
-_SMALL = 1 << 24
-"""Weights of more elements are faster through wgmma from 32 activation rows on, whatever the tile."""
+_SMALL, _TINY = 1 << 24, 1 << 22
+"""Weights of more elements are faster through wgmma, whatever the tile: beyond ``_SMALL`` from 32 activation rows on, beyond ``_TINY``
+from more."""
 
 
 def _tile(source: Source, n_tiles: int, shape: tuple[int, int, int, int, int]) -> Tile:
     """A tile of (row_tiles, warps_row, warps_k, parts, splits) with as many blocks as the registers it needs allow; 0 if it must spill."""
     row_tiles, warps_row, warps_k, parts, splits = shape
-    held = row_tiles * n_tiles
-    copies = 16
+    held, warps = row_tiles * n_tiles, warps_row * warps_k
+    copies, most = 16, 64
     if source is MMA_UNSTRUCTURED:
         registers = 112 if n_tiles == 1 else 128 if n_tiles <= 4 else 168
-        # Every block of a multiprocessor has a table, beside x.
-        copies = 8 if n_tiles == 1 and warps_row * warps_k >= 8 else 4
+        # Every block of a multiprocessor has a table, which is filled before its first product. Eight warps of long units keep the
+        # memory busy.
+        copies = 8 if n_tiles == 1 else 4
+        most = max(1, (8 if parts == 1 else 20) // warps) if n_tiles <= 2 else most
     elif held == 1:
         registers = {1: 80, 2: 64, 4: 56}[parts]
     else:
         registers = 104 if held == 2 else 128 if held <= 4 else 168 if held <= 8 else 255
-    blocks = 65536 // (32 * registers) // (warps_row * warps_k)
+    blocks = min(65536 // (32 * registers) // warps, most)
     return Tile(n_tiles, row_tiles, warps_row, warps_k, parts, splits, 2, blocks, copies)
 
 
 def _warpgroup_tiles(source: WarpgroupSource, rows: int, columns: int, m: int, here: Gpu) -> list[Tile]:
-    """Tiles by how near their blocks come to one for each multiprocessor, without those that are far from it."""
+    """Tiles whose blocks run at once, with the most splits that do and the next fewer: first those that come near one block for each
+    multiprocessor."""
     n_tiles = _warpgroup_columns(m)
     unstructured = source is WGMMA_UNSTRUCTURED
     parts = unstructured_parts(columns) if unstructured else 1
+    depth = -(-TYPICAL_DEPTH // parts) if unstructured else 0
     found: list[tuple[float, Tile]] = []
-    for warps_row, warps_k, slots, blocks in _WARPGROUPS:
-        for splits in _SPLITS:
-            if warps_k * splits > 1 and warps_k * splits * UNIT // parts > columns:
-                continue
-            share = -(-rows // (16 * warps_row)) * splits / here.processors
-            tile = Tile(n_tiles, 1, warps_row, warps_k, parts, splits, slots, blocks)
-            if unstructured:
-                tile = replace(tile, stages=2, min_blocks=2 if warps_row * warps_k == 4 else 1, table_copies=4)
-            found.append((abs(math.log(share)), tile))
-    found.sort(key=lambda each: each[0])
-    return [tile for distance, tile in found if distance < _FAR] or [found[0][1]]
+    for warps_row, warps_k, slots, blocks in _WARPGROUPS["unstructured" if unstructured else "nm"]:
+        tile = Tile(n_tiles, 1, warps_row, warps_k, parts, 1, slots, blocks, 4 if unstructured else 16)
+        if (shared := source.shared_bytes(tile, m, depth)) > here.shared_limit:
+            continue
+        room = here.processors * blocks_at_once(tile, shared, here)
+        groups = -(-rows // tile.block_rows)
+        units = -(-columns * parts // UNIT)
+        fitting = [s for s, part in _AT_ONCE.items() if groups * s <= part * room and warps_k * s <= units]
+        cuts = fitting[:-3:-1] or [1]
+        found += [(abs(math.log(groups * splits / here.processors)), replace(tile, splits=splits)) for splits in cuts]
+    return [tile for _, tile in sorted(found, key=lambda each: each[0])]
 
 
 def _streamed_tiles(source: StreamedSource, rows: int, columns: int, m: int, here: Gpu) -> list[Tile]:
@@ -162,17 +169,18 @@ def _warpgroup_columns(m: int) -> int:
 
 def _tiles(pattern: str, rows: int, columns: int, m: int, here: Gpu) -> Iterator[tuple[Source, Tile]]:
     """Sources and tiles worth measuring, the likely ones first."""
-    for source in sources(pattern, here)[:: -1 if m >= 16 and rows * columns > _SMALL else 1]:
+    many = (m >= 16 and rows * columns > _SMALL) or (m >= 32 and rows * columns > _TINY)
+    for source in sources(pattern, here)[:: -1 if many else 1]:
         if isinstance(source, StreamedSource):
             if m > 8 and rows * columns >= _LARGE:
                 yield from ((source, tile) for tile in _streamed_tiles(source, rows, columns, m, here))
             continue
         if isinstance(source, WarpgroupSource):
-            # Up to four rows the copy of x that it needs costs more than it brings.
-            if m > 4:
+            # For few rows the copy of x that it needs costs more than it brings.
+            if m > 16 or (m > 4 and rows * columns >= _LARGE):
                 yield from ((source, tile) for tile in _warpgroup_tiles(source, rows, columns, m, here))
             continue
-        if m >= 32 and rows * columns > _SMALL and here.arch == "sm_90a":
+        if here.arch == "sm_90a" and m >= 32 and rows * columns > (_SMALL if m == 32 else _TINY):
             continue
         shapes = _FEW_ROWS[pattern] if m <= 4 else _MORE_ROWS[pattern]
         for row_tiles, warps_row, warps_k, parts, splits in shapes:
