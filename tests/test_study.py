@@ -13,11 +13,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TEXT, make_tiny_opt
 
 from sparse_engine.errors import InputError, SparseEngineError
+from sparse_engine.progress import silent
 from sparse_engine.study import stages as stages_module
 from sparse_engine.study.graph import Graph
+from sparse_engine.study.parallel import _least_busy, _start, evaluate_apart, visible_gpus
 from sparse_engine.study.recipe import Recipe, load_recipe, shipped_recipes
 from sparse_engine.study.rows import table_line
 from sparse_engine.study.run import run_study
@@ -296,13 +299,41 @@ def test_stages_run_several_at_a_time(recipe: Recipe, folder: Path, tmp_path: Pa
     assert made == {"finetune", "prune", "merge"}
 
 
-def test_a_failed_stage_names_its_reason(recipe: Recipe, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_stage_names_its_reason_and_holds_up_no_other_row(recipe: Recipe, folder: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.yaml"
     broken.write_text(RECIPE.replace("max_steps: 3", "max_steps: 4"))
     with pytest.raises(SparseEngineError, match=r"finetune-.* failed with exit code 2: sparse-engine: the recipe has no stage finetune-"):
-        run_study(recipe, tmp_path / "out", rows=["full"], jobs=2, source=str(broken))
+        run_study(recipe, tmp_path / "out", rows=["base", "recovered"], jobs=2, source=str(broken), score=False)
+    assert len(list((tmp_path / "out" / "stages").glob("evaluate-*/record.json"))) == 1
     with pytest.raises(InputError, match="use one of the two"):
         run_study(recipe, tmp_path / "out", rows=["full"], jobs=2, processes=2)
+
+
+def test_jobs_go_to_the_least_busy_gpu_and_see_no_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus(torch.device("cpu")) == []
+    assert visible_gpus(torch.device("cuda")) == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-8f")
+    gpus = visible_gpus(torch.device("cuda"))
+    assert gpus == ["3", "GPU-8f"]
+    assert [_least_busy(gpus, busy) for busy in ([], ["3"], ["3", "GPU-8f", "GPU-8f"])] == ["3", "GPU-8f", "3"]
+    assert _least_busy([], []) is None
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    (tmp_path / "python").write_text("#!/bin/sh\necho $CUDA_VISIBLE_DEVICES $*\n")
+    (tmp_path / "python").chmod(0o755)
+    assert _start(["stage", "x"], tmp_path / "log", "GPU-8f", 2).wait() == 0
+    assert (tmp_path / "log").read_text() == "GPU-8f -m sparse_engine.study stage x\n"
+
+
+def test_each_gpu_evaluates_its_share(recipe: Recipe, folder: Path, tmp_path: Path) -> None:
+    stages = stages_module.Stages(Graph(recipe, "cpu"), tmp_path / "stages", torch.device("cpu"), 1, silent)
+    stages.folder.mkdir()
+    evaluate_apart(stages, ["base"], str(folder / "tiny.yaml"), ["0", "1"])
+    assert stages.has(stages.graph.evaluation(recipe.rows["base"]))
+    assert [log.name for log in stages.folder.glob("*.log")] == ["evaluate-0.log"]
+    with pytest.raises(SparseEngineError, match="evaluating on GPU 1 failed with exit code 2: sparse-engine: there is no recipe nowhere"):
+        evaluate_apart(stages, ["base", "full"], "nowhere", ["1", "0"])
 
 
 def test_the_smoke_recipe_runs_from_the_command_line(tmp_path: Path) -> None:

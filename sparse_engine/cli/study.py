@@ -25,7 +25,10 @@ def study(
     ] = None,
     processes: Annotated[int, typer.Option("--processes", min=1, help="GPUs that fine-tuning is launched on by accelerate.")] = 1,
     jobs: Annotated[
-        int, typer.Option("--jobs", min=1, help="Pruning and training stages at a time on the device; what is measured runs alone.")
+        int,
+        typer.Option(
+            "--jobs", min=1, help="Pruning and training stages at a time, over all visible GPUs; what is measured runs alone on its GPU."
+        ),
     ] = 1,
     no_score: Annotated[bool, typer.Option("--no-score", help="Leave scoring to a later run, here or where the libraries are.")] = False,
     score_only: Annotated[

@@ -1,4 +1,8 @@
-"""``python -m sparse_engine.study RECIPE ROW STAGE OUT DEVICE``: makes one stage, as a process of a study that runs several at a time."""
+"""One process of a study that runs several at a time.
+
+``python -m sparse_engine.study stage RECIPE OUT DEVICE ROW STAGE`` makes one stage, ``... evaluate RECIPE OUT DEVICE ROW...`` evaluates
+rows whose checkpoints are there.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +20,18 @@ from sparse_engine.study.recipe import load_recipe
 from sparse_engine.study.stages import Stages
 
 
-def main(source: str, row: str, folder: str, out: str, device: str) -> int:
-    """Make the stage; 0 when done, 2 when it cannot be done, with the reason on standard error."""
+def main(task: str, source: str, out: str, device: str, *names: str) -> int:
+    """0 when done, 2 when it cannot be done, with the reason on standard error."""
     quiet_transformers()
     place = torch.device(device)
     try:
         graph = Graph(load_recipe(source), place.type)
-        Stages(graph, Path(out) / "stages", place, 1, console_track).ensure(find_stage(graph, row, folder))
+        stages = Stages(graph, Path(out) / "stages", place, 1, console_track)
+        if task == "stage":
+            stages.ensure(find_stage(graph, *names))
+        else:
+            for name in names:
+                stages.ensure(graph.evaluation(graph.recipe.rows[name]))
     except SparseEngineError as error:
         sys.stderr.write(f"sparse-engine: {error}\n")
         return 2

@@ -11,10 +11,10 @@ import torch
 import typer
 
 from sparse_engine.checkpoint.writer import write_json
-from sparse_engine.errors import InputError
+from sparse_engine.errors import InputError, SparseEngineError
 from sparse_engine.progress import Track, silent
 from sparse_engine.study.graph import Graph
-from sparse_engine.study.parallel import prepare
+from sparse_engine.study.parallel import evaluate_apart, prepare, visible_gpus
 from sparse_engine.study.recipe import Recipe, Row
 from sparse_engine.study.report import write_report
 from sparse_engine.study.rows import row_result
@@ -45,7 +45,8 @@ def run_study(
 
     Args:
         processes: GPUs that each fine-tuning is launched on by accelerate.
-        jobs: pruning and training stages at a time on ``device``; what is measured runs alone. Above 1 it needs ``source``.
+        jobs: pruning and training stages at a time, over all GPUs where there are several; what is measured runs alone on its GPU.
+            Above 1 it needs ``source``.
         source: the recipe as it was named to :func:`~sparse_engine.study.recipe.load_recipe`.
         score: False leaves the scoring to another run, which finds the predictions in ``out``/stages.
         score_only: score the evaluations that are in ``out``/stages, whatever device made them, and run no model.
@@ -53,6 +54,7 @@ def run_study(
 
     Raises:
         InputError: the recipe has no such row, or no row is finished.
+        SparseEngineError: a stage failed; the rows that do not need it are finished by then.
     """
     chosen = list(recipe.rows) if rows is None else list(rows)
     if unknown := [name for name in chosen if name not in recipe.rows]:
@@ -68,8 +70,12 @@ def run_study(
     elif not report_only:
         graph = Graph(recipe, place.type)
         stages = Stages(graph, out / "stages", place, processes, track)
+        failed = dict[str, str]()
         if jobs > 1:
-            prepare(graph, stages, [recipe.rows[name] for name in chosen], source, jobs)
+            failed = prepare(graph, stages, [recipe.rows[name] for name in chosen], source, jobs)
+            chosen = [name for name in chosen if stages.made(graph.checkpoint(recipe.rows[name]))]
+            if len(gpus := visible_gpus(place)) > 1:
+                evaluate_apart(stages, [name for name in chosen if not stages.has(graph.evaluation(recipe.rows[name]))], source, gpus)
         for number, name in enumerate(chosen, 1):
             row = recipe.rows[name]
             typer.echo(f"row {number} of {len(chosen)}: {name}", err=True)
@@ -78,6 +84,8 @@ def run_study(
                 continue
             stages.ensure(graph.scores(row))
             write_json(finished / f"{name}.json", row_result(row, graph, stages, examples=recipe.examples))
+        if failed:
+            raise SparseEngineError("; ".join(failed.values()))
     results: dict[str, Any] = {
         file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(finished.glob("*.json")) if file.stem in recipe.rows
     }

@@ -57,6 +57,10 @@ class Stages:
             return False
         return stage.kind != "score" or not any(split["skipped"] for split in self.record(stage)["result"].values())
 
+    def made(self, stage: Stage) -> bool:
+        """Whether a checkpoint is there: a model that was given, or a finished stage."""
+        return stage.model is not None or self.has(stage)
+
     def record(self, stage: Stage) -> dict[str, Any]:
         """What was recorded when the stage was made."""
         content: dict[str, Any] = json.loads((self.folder / stage.folder / _RECORD).read_text(encoding="utf-8"))
