@@ -9,8 +9,6 @@ from __future__ import annotations
 import gc
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -113,21 +111,15 @@ class CudaRunner(Runner):
         # Finished rows append nothing when their length is the capacity, so that the trial leaves the cache as it is.
         trial.state.finished.fill_(True)
         trial.state.lengths.fill_(cache.capacity)
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            self._once(trial, choice)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with _warmed(self.device, lambda: self._once(trial, choice)) as stream, torch.cuda.graph(graph, pool=self._pool, stream=stream):
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
             self._once(cache, choice)
         return graph
-
-
-@contextmanager
-def _warmed(device: torch.device, run: Callable[[], object]) -> Iterator[torch.cuda.Stream]:
-    """A stream on which ``run`` has been run, behind what the current stream has to do and before what it gets."""
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    yield stream
 
 
 def _whole(weights: DecoderWeights) -> WholeStep | None:
