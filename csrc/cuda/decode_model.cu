@@ -14,7 +14,7 @@
 //
 // Macros: PATTERN 24 or 48; ELEM_BF16; HIDDEN, FFN (multiples of 256), HEAD_SIZE (64 or 128); HEAD_INT8, the output head's type; SLOTS of
 // the ring; POSITIONS of a slot; MAX_PARTS of a head's attention, which all find a block, of PART_POSITIONS at least where there are
-// several; COPIES of what every block reads, so that not all read the same lines.
+// several.
 #include "fragments.cuh"
 #include "expand.cuh"
 #include "mma_sparse.cuh"
@@ -47,9 +47,9 @@
 #define AT_QKV 0
 #define AT_ATTENDED (AT_QKV + QKV_WORDS)
 #define AT_MIDDLE (AT_ATTENDED + ATTENDED_WORDS)
-#define AT_FFN (AT_MIDDLE + COPIES * HIDDEN_WORDS)
+#define AT_FFN (AT_MIDDLE + HIDDEN_WORDS)
 #define AT_OUT (AT_FFN + FFN_WORDS)
-#define LAYER_WORDS (AT_OUT + COPIES * HIDDEN_WORDS)
+#define LAYER_WORDS (AT_OUT + HIDDEN_WORDS)
 
 // The head's rows in slots: several in one, or one in several.
 #define HEAD_ROW_BYTES (HIDDEN * (HEAD_INT8 ? 1 : 2))
@@ -562,10 +562,10 @@ struct Addends {
   float bias, residual;
 };
 
-// Multiplies the workspace's activations by the block's tiles and publishes the rows, `copies` times, `stride` words apart. Warp i calls it
+// Multiplies the workspace's activations by the block's tiles and publishes the rows. Warp i calls it
 // with the addends of the block's i-th tile.
 __device__ __forceinline__ void multiply_and_publish(const Ring& ring, Workspace& w, Cursor& cursor, int first, int count, int units,
-                                                     bool relu, const Addends& add, u32* target, int copies, int stride) {
+                                                     bool relu, const Addends& add, u32* target) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, slots = count * units;
   const int halves = 2 * slots <= WARPS ? 2 : 1;
   if (halves == 2)
@@ -587,7 +587,7 @@ __device__ __forceinline__ void multiply_and_publish(const Ring& ring, Workspace
     sum += add.residual;
     const u32 pair = pack_two(sum, __shfl_down_sync(ALL, sum, 1));
     const u32 word = __shfl_sync(ALL, pair, (lane & 7) * 2);
-    if (lane >> 3 < copies) publish(target + (lane >> 3) * stride + (first + warp * (int)gridDim.x) * 8 + (lane & 7), word);
+    if (lane < 8) publish(target + (first + warp * (int)gridDim.x) * 8 + lane, word);
   }
   note(w, 1);
 }
@@ -857,7 +857,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_model(const __gr
     other[i] = make_uint4(EMPTY, EMPTY, EMPTY, EMPTY);
   note(w, 0);
 
-  const int copy = blockIdx.x % COPIES;
   Cursor cursor = {0, 0};
   for (int l = 0; l < p.layer_count; ++l) {
     const Layer& layer = layers[l];
@@ -883,11 +882,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_model(const __gr
         else
           stage_normed(w, state, layer.scale[product / 2], layer.shift[product / 2], p.eps);
         const int at = product == QKV ? AT_QKV : product == OUT ? AT_MIDDLE : product == FC1 ? AT_FFN : AT_OUT;
-        multiply_and_publish(ring, w, cursor, first, count, units_of(product), product == FC1, add, words + at,
-                             product == OUT || product == FC2 ? COPIES : 1, HIDDEN_WORDS);
+        multiply_and_publish(ring, w, cursor, first, count, units_of(product), product == FC1, add, words + at);
       }
-      if (product == OUT) state.words = words + AT_MIDDLE + copy * HIDDEN_WORDS;
-      if (product == FC2) state.words = words + AT_OUT + copy * HIDDEN_WORDS;
+      if (product == OUT) state.words = words + AT_MIDDLE;
+      if (product == FC2) state.words = words + AT_OUT;
     }
   }
 

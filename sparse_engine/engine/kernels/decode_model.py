@@ -21,8 +21,6 @@ _MOST_PARTS = 8
 """Parts of a head's attention: more would cost those who join them more than they save."""
 _UNIT = 256
 
-_COPIES = 1
-"""Of what every block reads; a warp publishes up to four at once. Two and four were slower on an H200."""
 _PART_POSITIONS = 64
 _SETS = 2
 
@@ -81,7 +79,7 @@ class Dimensions:
     def set_words(self, blocks: int) -> int:
         """Words that the phases of one step publish, and the blocks' candidates."""
         attended = self.heads * self.parts(blocks) * (self.head_size + 4)
-        layer = 3 * self.hidden // 2 + attended + 2 * _COPIES * (self.hidden // 2) + self.ffn // 2
+        layer = 3 * self.hidden // 2 + attended + 2 * (self.hidden // 2) + self.ffn // 2
         return -(-(self.layers * layer + 2 * blocks) // 4) * 4
 
     def _sums_bytes(self, blocks: int) -> int:
@@ -164,7 +162,6 @@ class WholeStep:
             "POSITIONS": 8 if dimensions.head_size == 128 or dimensions.hidden <= 1024 else 16,
             "MAX_PARTS": dimensions.parts(blocks),
             "PART_POSITIONS": _PART_POSITIONS,
-            "COPIES": _COPIES,
         }
 
     def __call__(self, k_cache: Tensor, v_cache: Tensor, state: DecodeState, *, greedy: bool, clocks: Tensor | None = None) -> Tensor:
