@@ -86,7 +86,8 @@ def test_tiles_compile_within_their_registers(tile: cuda_nm_int8.PrefillTile, tm
     said = nvcc("90a", cuda_nm_int8.SOURCE.file, dict(cuda_nm_int8.SOURCE.all_macros(tile, torch.bfloat16)), tmp_path)
     spills = re.search(r"(\d+) bytes spill stores", said)
     assert spills is not None
-    assert int(spills[1]) <= 32
+    # Outside of the products.
+    assert int(spills[1]) <= 64
     assert "serialized" not in said
 
 

@@ -19,7 +19,13 @@ from sparse_engine.backends.cuda_prefill_nm import PREFILL_24, SparseWgmmaForm
 from sparse_engine.backends.cuda_prefill_wgmma import PrefillTile, run_prefill, tile_of
 from sparse_engine.errors import KernelUnavailableError
 
-TILES = [*SparseWgmmaForm.tiles, PrefillTile(20, 2, 2, 4, a_shared=1), PrefillTile(16, 2, 2, 4, cluster=2, splits=2)]
+TILES = [
+    *SparseWgmmaForm.tiles,
+    PrefillTile(20, 2, 2, 4, a_shared=1),
+    PrefillTile(32, 1, 2, 4, cluster=2, a_shared=1),
+    PrefillTile(16, 2, 2, 4, cluster=2, batch=2),
+    PrefillTile(16, 2, 2, 4, cluster=2, splits=2),
+]
 
 
 def test_parameters_match_the_source() -> None:

@@ -5,7 +5,7 @@
 //   16-bit values: 8 steps of 32 columns, the layout of decode_nm.cu; a word of positions serves two steps
 //   8-bit values: 4 steps of 64 columns; word s holds, of step s and for lane (g, q), row g + 8 (q & 1) and columns 32 (q / 2) on
 //   BATCH       products of a warpgroup that go to the tensor cores together, a divisor of 2 * M_BLOCKS
-//   A_SHARED 0: they go from memory straight into registers, three products or a batch ahead
+//   A_SHARED 0: they go from memory straight into registers, half a unit or a batch ahead
 //   A_SHARED 1: bulk copies bring them into the buffers of x, 1 KB for each row tile of 16, and they are read a batch ahead
 #if A_SHARED
 #define WEIGHT_STAGE_BYTES (4 * M_BLOCKS * CONSUMERS * 1024)
@@ -17,8 +17,19 @@
 #define UNIT_QUADS ((1 + STEPS) * 32)
 // Steps that a word of positions serves.
 #define WORD_STEPS (VALUES ? 1 : 2)
+// Sets of registers for positions: those of the next unit come in one load where there is room for two, else word by word.
+#if M_BLOCKS * N_TILES > 40 || (CONSUMERS > 2 && !A_SHARED) || (SPLITS > 1 && M_BLOCKS > 1)
+#define PARITIES 1
+#else
+#define PARITIES 2
+#endif
 // Products of a warpgroup in a unit, of which BATCH at a time go to the tensor cores.
 #define PRODUCTS (STEPS * M_BLOCKS)
+// Operands that are loaded together, while those loaded before are multiplied: a scoreboard counts all loads under way, and so who waits
+// for one waits for those behind it as well.
+#define GROUP (A_SHARED || BATCH > 1 ? BATCH : PRODUCTS / 2)
+#define SETS (2 * GROUP)
+static_assert(PRODUCTS % SETS == 0 && GROUP % BATCH == 0, "an operand's registers are known at compile time");
 
 __device__ __forceinline__ const uint4* unit_of(const Params& p, int tile, int unit) {
   // Tiles behind the last row read the last tile again; their sums are not stored.
@@ -26,11 +37,14 @@ __device__ __forceinline__ const uint4* unit_of(const Params& p, int tile, int u
 }
 
 struct Weights {
-  // Operands in registers: of products under way, and loaded ahead.
-  static constexpr int SETS = A_SHARED || BATCH > 1 ? 2 * BATCH : 4;
   const uint4* source[M_BLOCKS]; // of the unit at hand, this lane's
   uint4 values[SETS];
-  u32 positions[M_BLOCKS][4];
+  u32 positions[PARITIES][M_BLOCKS][4];
+#if A_SHARED
+  Ring reading;  // the buffer that operands are read from next
+  int unread;    // buffers of the tile from it on
+  u32 fragments; // the one that they are read from
+#endif
 
   __device__ __forceinline__ Weights(const Params&, u32, int, int, int) {}
 
@@ -45,86 +59,131 @@ struct Weights {
 #endif
   }
 
+#if PARITIES == 2
+  // Positions of the unit at hand, or of the one `ahead`, which has the other set of registers.
+  __device__ __forceinline__ void load_positions(int parity, int ahead) {
+#pragma unroll
+    for (int mb = 0; mb < M_BLOCKS; ++mb) {
+      u32(&v)[4] = positions[parity][mb];
+      asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                   : "l"(source[mb] + ahead));
+    }
+  }
+#else
   // Word w of the positions of the unit at hand, or of the one `ahead`. Its line is kept in L1 for the other words.
-  __device__ __forceinline__ void load_positions(int w, int ahead) {
+  __device__ __forceinline__ void load_word(int w, int ahead) {
 #pragma unroll
     for (int mb = 0; mb < M_BLOCKS; ++mb)
-      asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(positions[mb][w]) : "l"((const u32*)(source[mb] + ahead) + w));
+      asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(positions[0][mb][w]) : "l"((const u32*)(source[mb] + ahead) + w));
   }
+#endif
 
+#if !A_SHARED
   // Operand A of product i of the unit at hand, or of the one `ahead` from its last on.
   __device__ __forceinline__ void load_values(int i, int ahead) {
     const int s = i / M_BLOCKS;
-    values[i % SETS] = load_weight(source[i % M_BLOCKS] + (s < STEPS ? 0 : ahead) + (1 + s % STEPS) * 32);
+    values[i % SETS] = load_in_order(source[i % M_BLOCKS] + (s < STEPS ? 0 : ahead) + (1 + s % STEPS) * 32);
   }
+#endif
 
   __device__ __forceinline__ void start(const Params& p, int tile, int unit) {
 #pragma unroll
     for (int mb = 0; mb < M_BLOCKS; ++mb) {
       source[mb] = unit_of(p, tile + 4 * mb, unit) + (threadIdx.x & 31);
     }
+#if PARITIES == 2
+    load_positions(0, 0);
+#else
 #pragma unroll
     for (int w = 0; w < 4; ++w)
-      load_positions(w, 0);
+      load_word(w, 0);
+#endif
 #if !A_SHARED
 #pragma unroll
-    for (int i = 0; i < SETS - BATCH; ++i)
+    for (int i = 0; i < GROUP; ++i)
       load_values(i, 0);
 #endif
   }
 
-  __device__ __forceinline__ void read_values(u32 buffer, int i) {
-    const int s = i / M_BLOCKS, fragment = ((threadIdx.x >> 7) * M_BLOCKS + i % M_BLOCKS) * 4 + (threadIdx.x >> 5 & 3);
+#if A_SHARED
+  // Operand A of the next product, the `i`th of its unit. Behind the last buffer of the tile, that one is read again, to no purpose.
+  __device__ __forceinline__ void read_values(const Buffers& x, int i) {
+    const int s = i / M_BLOCKS % STEPS, fragment = ((threadIdx.x >> 7) * M_BLOCKS + i % M_BLOCKS) * 4 + (threadIdx.x >> 5 & 3);
+    if (i % (2 * M_BLOCKS) == 0 && unread > 0) {
+      barrier_wait(x.smem + BARRIERS_AT + 8 * reading.slot, reading.parity);
+      fragments = x.smem + reading.slot * STAGE_BYTES + X_STAGE_BYTES + (threadIdx.x & 31) * 16;
+      reading.advance();
+      --unread;
+    }
     u32 v[4];
-    load_shared_x4(buffer + X_STAGE_BYTES + fragment * 1024 + s % 2 * 512 + (threadIdx.x & 31) * 16, v);
+    load_shared_x4(fragments + fragment * 1024 + s % 2 * 512, v);
     values[i % SETS] = make_uint4(v[0], v[1], v[2], v[3]);
+  }
+#endif
+
+  // The products of one unit; `ahead` lies the next, or 0 behind the last unit, which is read again then to no purpose: loads under a
+  // condition would make the compiler wait for each product.
+  template <int PARITY>
+  __device__ __forceinline__ void multiply(Sum (&d)[M_BLOCKS][N_TILES][4], Buffers& x, u32& buffer, int ahead) {
+#pragma unroll
+    for (int first = 0; first < PRODUCTS; first += BATCH) {
+      fence_registers();
+#pragma unroll
+      for (int i = first; i < first + BATCH; ++i) {
+        const int s = i / M_BLOCKS, mb = i % M_BLOCKS;
+        const u64 b = describe(buffer + s % 2 * 64);
+        const u32 word = positions[PARITY][mb][s / WORD_STEPS];
+        if (s % WORD_STEPS == 0)
+          wgmma_sparse<0>(d[mb], values[i % SETS], b, word);
+        else
+          wgmma_sparse<1>(d[mb], values[i % SETS], b, word);
+      }
+      commit_products();
+      const bool last = (first + BATCH) % (2 * M_BLOCKS) == 0;
+      x.close(first % (2 * M_BLOCKS) == 0, last);
+      if (last && (first + BATCH < PRODUCTS || ahead)) buffer = x.open();
+      if (first % GROUP == 0) {
+#pragma unroll
+        for (int i = first + GROUP; i < first + 2 * GROUP; ++i)
+#if A_SHARED
+          read_values(x, i);
+#else
+          load_values(i, ahead);
+#endif
+      }
+      // Products under way still read positions, those of the batch before until now.
+#if PARITIES == 2
+      if (first == 0) load_positions(PARITY ^ 1, ahead);
+#else
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const int over = (w + 1) * WORD_STEPS * M_BLOCKS;
+        if (over > first - BATCH && over <= first) load_word(w, ahead);
+        if (first == 0 && over > PRODUCTS - BATCH) load_word(w, 0);
+      }
+#endif
+    }
+#pragma unroll
+    for (int mb = 0; mb < M_BLOCKS; ++mb)
+      source[mb] += UNIT_QUADS;
   }
 
   __device__ __forceinline__ void multiply_all(Sum (&d)[M_BLOCKS][N_TILES][4], const Params& p, Buffers& x, int rounds) {
+#if A_SHARED
+    reading = x.ring;
+    unread = rounds * (STEPS / 2);
+#pragma unroll
+    for (int i = 0; i < GROUP; ++i)
+      read_values(x, i);
+#endif
     u32 buffer = x.open();
-#if A_SHARED
-#pragma unroll
-    for (int i = 0; i < BATCH; ++i)
-      read_values(buffer, i);
+    for (int round = 0; round < rounds; round += PARITIES) {
+      multiply<0>(d, x, buffer, round + 1 < rounds ? UNIT_QUADS : 0);
+#if PARITIES == 2
+      if (round + 1 >= rounds) break;
+      multiply<1>(d, x, buffer, round + 2 < rounds ? UNIT_QUADS : 0);
 #endif
-    for (int round = 0; round < rounds; ++round) {
-      // Behind the last unit it is read again, to no purpose: loads under a condition would make the compiler wait for each product.
-      const int ahead = round + 1 < rounds ? UNIT_QUADS : 0;
-#pragma unroll
-      for (int first = 0; first < PRODUCTS; first += BATCH) {
-        fence_registers();
-#pragma unroll
-        for (int i = first; i < first + BATCH; ++i) {
-          const int s = i / M_BLOCKS, mb = i % M_BLOCKS;
-          const u64 b = describe(buffer + s % 2 * 64);
-          const u32 word = positions[mb][s / WORD_STEPS];
-          if (s % WORD_STEPS == 0)
-            wgmma_sparse<0>(d[mb], values[i % SETS], b, word);
-          else
-            wgmma_sparse<1>(d[mb], values[i % SETS], b, word);
-        }
-        commit_products();
-        const bool last = (first + BATCH) % (2 * M_BLOCKS) == 0;
-        x.close(first % (2 * M_BLOCKS) == 0, last);
-        if (last && (first + BATCH < PRODUCTS || ahead)) buffer = x.open();
-#pragma unroll
-        for (int i = first; i < first + BATCH; ++i)
-#if A_SHARED
-          read_values(buffer, (i + BATCH) % PRODUCTS);
-#else
-          load_values(i + SETS - BATCH, ahead);
-#endif
-#pragma unroll
-        for (int w = 0; w < 4; ++w) {
-          // Once no product under way reads it: those of the last batch are one batch behind.
-          const int over = (w + 1) * WORD_STEPS * M_BLOCKS;
-          if (over > first - BATCH && over <= first) load_positions(w, ahead);
-          if (first == 0 && over > PRODUCTS - BATCH) load_positions(w, 0);
-        }
-      }
-#pragma unroll
-      for (int mb = 0; mb < M_BLOCKS; ++mb)
-        source[mb] += UNIT_QUADS;
     }
   }
 };

@@ -27,6 +27,9 @@ _SLOTS, _BATCH = 2, 2
 class UnitSource(PrefillSource):
     """Every consumer warp has slots for units of its row tile, behind the frame's shared memory."""
 
+    def stores(self, tile: PrefillTile) -> int:
+        return 2
+
     def all_macros(self, tile: PrefillTile, element: torch.dtype) -> tuple[tuple[str, int], ...]:
         found = dict(PrefillSource.all_macros(self, tile, element))
         return tuple(sorted({**found, "SLOTS": _SLOTS, "BATCH": _BATCH}.items()))

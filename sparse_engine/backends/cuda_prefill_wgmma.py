@@ -26,6 +26,10 @@ __all__ = ["CLOCKS_PER_US", "Levels", "PrefillSource", "PrefillTile", "WgmmaForm
 _CHUNK_TOKENS = 32
 _X_BYTES = 128
 """Of a row of a buffer."""
+_CHUNK_BYTES = _CHUNK_TOKENS * 128
+_MOST_CHUNKS = 8
+_MOST_SHARED_BYTES = 232448
+"""Of a block on Hopper."""
 CLOCKS_PER_US = 1.6e3
 """Of an H200 under such load, for estimates."""
 
@@ -80,6 +84,12 @@ class PrefillSource:
     function: str
     macros: tuple[tuple[str, int], ...] = ()
 
+    def stores(self, tile: PrefillTile) -> int:
+        """Chunks of sums that a warpgroup may have on their way to y, as many as there is room for; of 2, threads write them."""
+        buffers = tile.stages * (tile.tokens * _X_BYTES + self.weight_stage_bytes(tile) + 16)
+        left = (_MOST_SHARED_BYTES + 1024) // tile.min_blocks - 1024 - buffers
+        return max(2, min(left // (tile.consumers * _CHUNK_BYTES), tile.tokens // _CHUNK_TOKENS * tile.m_blocks, _MOST_CHUNKS))
+
     def weight_stage_bytes(self, tile: PrefillTile) -> int:
         """Of a buffer: what its weights take."""
         return tile.rows * 64 if tile.a_shared else 0
@@ -90,7 +100,7 @@ class PrefillSource:
         ``depth`` is that of an unstructured weight, whose units take some more.
         """
         buffers = tile.stages * (tile.tokens * _X_BYTES + self.weight_stage_bytes(tile))
-        staging = tile.consumers * 2 * _CHUNK_TOKENS * 128
+        staging = tile.consumers * self.stores(tile) * _CHUNK_BYTES
         sums = tile.tokens * (tile.rows + 4) * 4 if tile.splits > 1 else 0
         return max(buffers + staging + 16 * tile.stages, sums)
 
@@ -101,7 +111,8 @@ class PrefillSource:
 
     def all_macros(self, tile: PrefillTile, element: torch.dtype) -> tuple[tuple[str, int], ...]:
         """What the source is compiled with."""
-        return tuple(sorted({**dict(self.macros), **tile.macros(), "ELEM_BF16": int(element is torch.bfloat16)}.items()))
+        own = {"STORES": self.stores(tile), "ELEM_BF16": int(element is torch.bfloat16)}
+        return tuple(sorted({**dict(self.macros), **tile.macros(), **own}.items()))
 
 
 class _Params(ctypes.Structure):
@@ -109,6 +120,7 @@ class _Params(ctypes.Structure):
 
     _fields_ = (
         ("x", cuda.TensorMap),
+        ("y_map", cuda.TensorMap),
         *((name, ctypes.c_void_p) for name in ("weight", "offsets", "bias", "residual", "y", "weight_scales", "x_scales")),
         *((name, ctypes.c_int) for name in ("m", "rows", "units", "relu", "depth", "y_vector")),
         # The structure's alignment is that of a tensor map, and so its size a multiple of 64.
@@ -169,8 +181,11 @@ def run_prefill(source: PrefillSource, tile: PrefillTile, call: Call, levels: Le
         return y
     flat = _described(x.reshape(call.m, call.columns)) if levels is None else levels.x
     stored = (y.data_ptr(), *(t.data_ptr() for t in (residual,) if t is not None))
+    y_vector = rows % 8 == 0 and all(at % 16 == 0 for at in stored)
+    mapped = y_vector and source.stores(tile) > 2
     params = _Params(
         cuda.tensor_map(flat, (tile.tokens // tile.cluster, _X_BYTES // flat.element_size())),
+        cuda.tensor_map(y.view(call.m, rows), (_CHUNK_TOKENS, _X_BYTES // y.element_size())) if mapped else cuda.TensorMap(),
         call.weight.data_ptr(),
         offsets,
         bias.data_ptr() if bias is not None else None,
@@ -183,7 +198,7 @@ def run_prefill(source: PrefillSource, tile: PrefillTile, call: Call, levels: Le
         units,
         int(call.relu),
         depth,
-        int(rows % 8 == 0 and all(at % 16 == 0 for at in stored)),
+        int(y_vector),
     )
     function = _function(source, here.arch, x.dtype, tile)
     blocks = _grid(tile, rows, call.m, here.processors)

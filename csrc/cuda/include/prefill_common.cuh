@@ -53,7 +53,12 @@
 #define STAGE_BYTES (X_STAGE_BYTES + WEIGHT_STAGE_BYTES)
 #define STAGING_AT (STAGES * STAGE_BYTES)
 #define CHUNK_TOKENS 32
-#define STAGING_BYTES (2 * CHUNK_TOKENS * 128)
+// Chunks of sums on their way to y, per consumer warpgroup: 2, and threads write them, or more, and tensor stores do while the next tile
+// runs.
+#ifndef STORES
+#define STORES 2
+#endif
+#define STAGING_BYTES (STORES * CHUNK_TOKENS * 128)
 #define BARRIERS_AT (STAGING_AT + CONSUMERS * STAGING_BYTES)
 #define SUMS_PITCH (TILE_ROWS + 4)
 // Registers go from the producers to the consumers, in multiples of eight, within what the block has at its start; the
@@ -67,6 +72,7 @@ static_assert(TILE_TOKENS % CHUNK_TOKENS == 0 && TILE_TOKENS % (8 * CLUSTER) == 
 
 struct alignas(64) Params {
   u64 x[16];                  // tensor map of x (m, cols): boxes of STAGE_COLUMNS by TILE_TOKENS / CLUSTER rows, 128-byte exchange pattern
+  u64 y_map[16];              // tensor map of y (m, rows): boxes of 64 columns by CHUNK_TOKENS rows, likewise; unless y_vector is 0
   const uint4* weight;        // the kernel's own layout
   const u32* offsets;         // unstructured only, as is depth: see paired.cuh
   const u16* bias;            // (rows,) or null
@@ -113,6 +119,13 @@ __device__ __forceinline__ uint4 load_weight(const uint4* p) {
   return v;
 }
 
+// The same, ordered among memory accesses: the compiler moves other loads to just before their use, however early they are written.
+__device__ __forceinline__ uint4 load_in_order(const uint4* p) {
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+  return v;
+}
+
 __device__ __forceinline__ u64 activation_policy() {
   u64 policy;
   asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
@@ -139,6 +152,22 @@ __device__ __forceinline__ void tensor_copy(u32 target, const u64* map, int colu
                : "memory");
 #endif
 }
+
+#if STORES > 2
+// Starts copying a box from shared memory to column `column` and row `row` of y, but for what lies behind its end.
+__device__ __forceinline__ void tensor_store(const u64* map, u32 source, int column, int row) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];\n"
+               "cp.async.bulk.commit_group;" ::"l"(map),
+               "r"(source), "r"(column), "r"(row)
+               : "memory");
+}
+
+// Of this thread's stores, all but PENDING have read their shared memory.
+template <int PENDING>
+__device__ __forceinline__ void wait_stores() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
+}
+#endif
 
 // A barrier of the 128 threads of one consumer warpgroup.
 __device__ __forceinline__ void warpgroup_sync() { asm volatile("bar.sync %0, 128;" ::"r"(1 + (threadIdx.x >> 7)) : "memory"); }
@@ -284,12 +313,11 @@ struct Scales {
 };
 
 // Rounds the tile's sums and writes them to y: a warp's fragments of yᵀ are stored transposed into chunks of shared memory, of which
-// whole lines of y are written. `row` and `token` are the place of the warpgroup's first sum.
-__device__ __forceinline__ void store_tile(const Params& p, u32 staging, const Sum (&d)[M_BLOCKS][N_TILES][4], int row, int token) {
+// whole lines of y are written. `row` and `token` are the place of the warpgroup's first sum, `slot` the chunk that is next in turn.
+__device__ __forceinline__ void store_tile(const Params& p, u32 staging, const Sum (&d)[M_BLOCKS][N_TILES][4], int row, int token,
+                                           u32& slot) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3;
   // Of the four 8 x 8 matrices that a warp moves at a time: activation row and chunk of 16 bytes for which the lane gives the address.
-  // Another chunk may still be read, which was the last of a tile.
-  warpgroup_sync();
   const u32 from = (lane >> 4) * 8 + (lane & 7), at = from * 128 + ((warp * 2 + (lane >> 3 & 1)) ^ (lane & 7)) * 16;
 #pragma unroll
   for (int mb = 0; mb < M_BLOCKS; ++mb) {
@@ -305,7 +333,13 @@ __device__ __forceinline__ void store_tile(const Params& p, u32 staging, const S
     for (int chunk = 0; chunk < TILE_TOKENS / CHUNK_TOKENS; ++chunk) {
       const int n = token + chunk * CHUNK_TOKENS;
       if (n >= p.m) break;
-      const u32 buffer = staging + ((mb * (TILE_TOKENS / CHUNK_TOKENS) + chunk) & 1) * (CHUNK_TOKENS * 128);
+      const u32 buffer = staging + slot * (CHUNK_TOKENS * 128);
+      if (++slot == STORES) slot = 0;
+      // What was in the chunk has left it.
+#if STORES > 2
+      if ((threadIdx.x & 127) == 0) wait_stores<STORES - 1>();
+#endif
+      warpgroup_sync();
       if (p.residual) {
         fetch_chunk(p, buffer, n, first);
         warpgroup_sync();
@@ -332,7 +366,16 @@ __device__ __forceinline__ void store_tile(const Params& p, u32 staging, const S
                      "r"(v[2]), "r"(v[3])
                      : "memory");
       }
+#if STORES > 2
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
       warpgroup_sync();
+      if (p.y_vector) {
+        if ((threadIdx.x & 127) == 0) tensor_store(p.y_map, buffer, first, n);
+        continue;
+      }
+#else
+      warpgroup_sync();
+#endif
       write_chunk(p, buffer, n, first);
     }
   }
@@ -462,6 +505,9 @@ __device__ __forceinline__ void consume(const Params& p, int begin, int rounds) 
   tiles.place(row, token);
   weights.start(p, row / 16 + fragment, begin);
   bool first = true;
+#if SPLITS == 1
+  u32 slot = 0;
+#endif
   while (true) {
     Sum d[M_BLOCKS][N_TILES][4] = {};
     weights.multiply_all(d, p, buffers, rounds);
@@ -490,8 +536,12 @@ __device__ __forceinline__ void consume(const Params& p, int begin, int rounds) 
       tiles.place(row, token);
       weights.start(p, row / 16 + fragment, begin);
     }
-    store_tile(p, smem + STAGING_AT + warpgroup * STAGING_BYTES, d, done_row + above, done_token);
-    if (!more) return;
+    store_tile(p, smem + STAGING_AT + warpgroup * STAGING_BYTES, d, done_row + above, done_token, slot);
+    if (more) continue;
+#if STORES > 2
+    if ((threadIdx.x & 127) == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+#endif
+    return;
 #endif
   }
 }
