@@ -111,20 +111,27 @@ from more."""
 def _tile(source: Source, n_tiles: int, shape: tuple[int, int, int, int, int]) -> Tile:
     """A tile of (row_tiles, warps_row, warps_k, parts, splits) with as many blocks as the registers it needs allow; 0 if it must spill."""
     row_tiles, warps_row, warps_k, parts, splits = shape
-    held, warps = row_tiles * n_tiles, warps_row * warps_k
-    copies, most = 16, 64
+    blocks, copies = _by_registers(source, n_tiles, shape), 16
+    if source is MMA_UNSTRUCTURED:
+        # Every block of a multiprocessor has a table, which is filled before its first product. Eight warps of long units keep the
+        # memory busy, and with more copies of the table they wait less for it.
+        copies = 8 if n_tiles == 1 else 4
+        if n_tiles == 1:
+            blocks = min(blocks, max(1, (8 if parts == 1 else 20) // (warps_row * warps_k)))
+    return Tile(n_tiles, row_tiles, warps_row, warps_k, parts, splits, 2, blocks, copies)
+
+
+def _by_registers(source: Source, n_tiles: int, shape: tuple[int, int, int, int, int]) -> int:
+    """Blocks on a multiprocessor that the registers of a tile allow."""
+    row_tiles, warps_row, warps_k, parts, _ = shape
+    held = row_tiles * n_tiles
     if source is MMA_UNSTRUCTURED:
         registers = 112 if n_tiles == 1 else 128 if n_tiles <= 4 else 168
-        # Every block of a multiprocessor has a table, which is filled before its first product. Eight warps of long units keep the
-        # memory busy.
-        copies = 8 if n_tiles == 1 else 4
-        most = max(1, (8 if parts == 1 else 20) // warps) if n_tiles <= 2 else most
     elif held == 1:
         registers = {1: 80, 2: 64, 4: 56}[parts]
     else:
         registers = 104 if held == 2 else 128 if held <= 4 else 168 if held <= 8 else 255
-    blocks = min(65536 // (32 * registers) // warps, most)
-    return Tile(n_tiles, row_tiles, warps_row, warps_k, parts, splits, 2, blocks, copies)
+    return 65536 // (32 * registers) // (warps_row * warps_k)
 
 
 def _warpgroup_tiles(source: WarpgroupSource, rows: int, columns: int, m: int, here: Gpu) -> list[Tile]:
@@ -245,9 +252,12 @@ def _rule(pattern: str, rows: int, columns: int, m: int, here: Gpu) -> tuple[Sou
     crowded = tiles > 2.5 * here.processors
     splits = 1
     if m <= 8:
-        warps = 4 if crowded and pattern != "2:4" else 8 if crowded or units < 12 else 12
-        if pattern != "unstructured" and not crowded and units >= 8:
+        if pattern == "unstructured":
+            warps = 4 if tiles > 1.5 * here.processors else 8
+        elif not crowded and units >= 8:
             return source, _tile(source, n_tiles, (1, 1, 16, 2, 1))
+        else:
+            warps = 4 if crowded and units < 12 and pattern == "4:8" else 8
         return source, _tile(source, n_tiles, (1, 1, min(warps, units), parts, 1))
     if n_tiles <= 2 or pattern == "unstructured":
         warps_row = 1 if tiles <= 0.75 * here.processors else 2 if units <= 12 else 4
@@ -273,7 +283,7 @@ def _within_registers(source: Source, tile: Tile) -> Tile:
     """``tile`` with no more blocks than this version's kernel has registers for, whichever version the table was measured with."""
     if source is not MMA_UNSTRUCTURED:
         return tile
-    allowed = _tile(source, tile.n_tiles, (1, tile.warps_row, tile.warps_k, tile.parts, tile.splits)).min_blocks
+    allowed = _by_registers(source, tile.n_tiles, (1, tile.warps_row, tile.warps_k, tile.parts, tile.splits))
     return replace(tile, min_blocks=max(min(tile.min_blocks, allowed), 1))
 
 
