@@ -21,6 +21,7 @@ from sparse_engine import tuning, value_types
 from sparse_engine.discovery import import_all
 from sparse_engine.errors import InputError, KernelUnavailableError
 from sparse_engine.formats.base import PackedWeight
+from sparse_engine.levels import TokenLevels
 from sparse_engine.pattern import SparsityPattern
 from sparse_engine.policy import UNLIMITED, Policy
 from sparse_engine.tuning import Config
@@ -190,6 +191,27 @@ class Kernel(ABC):
         if relu:
             y = torch.relu(y)
         return y if residual is None else y + residual
+
+    def levels_of(self, layout: Layout) -> torch.dtype | None:
+        """The type of the 8-bit levels that the kernel makes of x, which :meth:`run_levels` takes ready made; None: it makes none."""
+        return None
+
+    def run_levels(
+        self,
+        tokens: TokenLevels,
+        layout: Layout,
+        bias: Tensor | None,
+        pattern: SparsityPattern,
+        *,
+        relu: bool = False,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """:meth:`run_fused` of activations that are levels already, of the type of :meth:`levels_of`.
+
+        Raises:
+            KernelUnavailableError: the kernel takes none.
+        """
+        raise KernelUnavailableError(f"{self.name} takes no activations that are levels")
 
     def rows_of(self, layout: Layout, begin: int, end: int) -> Layout | None:
         """Views of ``layout`` that are the layout of output rows begin … end - 1 alone, or None where it cannot be cut there."""

@@ -1,9 +1,9 @@
-// y = x · Wᵀ for 2:4 weights and many activation rows on Hopper (sm_90a): sparse wgmma over the frame of prefill_common.cuh.
+// y = x · Wᵀ for 2:4 weights of 16-bit values and many activation rows on Hopper (sm_90a): sparse wgmma over the frame of
+// prefill_common.cuh, weights from registers.
 //
 // `weight`, in uint4, for T = ceil(rows / 16) row tiles and U = ceil(cols / 256) units: [T][U][1 + STEPS][32 lanes], chunk 0 the lane's
-// positions for the whole unit, chunk 1 + s its part of operand A in step s.
-//   16-bit values: 8 steps of 32 columns, the layout of decode_nm.cu; a word of positions serves two steps
-//   8-bit values: 4 steps of 64 columns; word s holds, of step s and for lane (g, q), row g + 8 (q & 1) and columns 32 (q / 2) on
+// positions for the whole unit, chunk 1 + s its part of operand A in step s of 32 columns: the layout of decode_nm.cu. A word of positions
+// serves two steps.
 //   BATCH       products of a warpgroup that go to the tensor cores together, a divisor of 2 * M_BLOCKS
 //   A_SHARED 0: they go from memory straight into registers, half a unit or a batch ahead
 //   A_SHARED 1: bulk copies bring them into the buffers of x, 1 KB for each row tile of 16, and they are read a batch ahead
@@ -12,11 +12,11 @@
 #endif
 #include "prefill_common.cuh"
 
-#define STEPS (VALUES ? 4 : 8)
+#define STEPS 8
 // Uint4 of one row tile's unit.
 #define UNIT_QUADS ((1 + STEPS) * 32)
 // Steps that a word of positions serves.
-#define WORD_STEPS (VALUES ? 1 : 2)
+#define WORD_STEPS 2
 // Sets of registers for positions: those of the next unit come in one load where there is room for two, else word by word.
 #if M_BLOCKS * N_TILES > 40 || (CONSUMERS > 2 && !A_SHARED) || (SPLITS > 1 && M_BLOCKS > 1)
 #define PARITIES 1

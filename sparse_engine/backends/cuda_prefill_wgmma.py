@@ -90,6 +90,10 @@ class PrefillSource:
         left = (_MOST_SHARED_BYTES + 1024) // tile.min_blocks - 1024 - buffers
         return max(2, min(left // (tile.consumers * _CHUNK_BYTES), tile.tokens // _CHUNK_TOKENS * tile.m_blocks, _MOST_CHUNKS))
 
+    def tensor_stores(self, tile: PrefillTile) -> bool:
+        """Whether sums leave by tensor stores."""
+        return self.stores(tile) > 2
+
     def weight_stage_bytes(self, tile: PrefillTile) -> int:
         """Of a buffer: what its weights take."""
         return tile.rows * 64 if tile.a_shared else 0
@@ -182,7 +186,7 @@ def run_prefill(source: PrefillSource, tile: PrefillTile, call: Call, levels: Le
     flat = _described(x.reshape(call.m, call.columns)) if levels is None else levels.x
     stored = (y.data_ptr(), *(t.data_ptr() for t in (residual,) if t is not None))
     y_vector = rows % 8 == 0 and all(at % 16 == 0 for at in stored)
-    mapped = y_vector and source.stores(tile) > 2
+    mapped = y_vector and source.tensor_stores(tile)
     params = _Params(
         cuda.tensor_map(flat, (tile.tokens // tile.cluster, _X_BYTES // flat.element_size())),
         cuda.tensor_map(y.view(call.m, rows), (_CHUNK_TOKENS, _X_BYTES // y.element_size())) if mapped else cuda.TensorMap(),

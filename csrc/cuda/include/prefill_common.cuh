@@ -58,12 +58,17 @@
 #ifndef STORES
 #define STORES 2
 #endif
+#ifndef TENSOR_STORES
+#define TENSOR_STORES (STORES > 2)
+#endif
 #define STAGING_BYTES (STORES * CHUNK_TOKENS * 128)
 #define BARRIERS_AT (STAGING_AT + CONSUMERS * STAGING_BYTES)
 #define SUMS_PITCH (TILE_ROWS + 4)
 // Registers go from the producers to the consumers, in multiples of eight, within what the block has at its start; the
 // largest sums leave the producer a few too little.
+#ifndef PRODUCER_REGISTERS
 #define PRODUCER_REGISTERS (M_BLOCKS * N_TILES > 40 ? 24 : 32)
+#endif
 #define LAUNCH_REGISTERS (65536 / MIN_BLOCKS / THREADS / 8 * 8)
 #define SHARE_REGISTERS ((LAUNCH_REGISTERS * (CONSUMERS + 1) - PRODUCER_REGISTERS) / CONSUMERS / 8 * 8)
 #define CONSUMER_REGISTERS (SHARE_REGISTERS > 240 ? 240 : SHARE_REGISTERS)
@@ -153,7 +158,7 @@ __device__ __forceinline__ void tensor_copy(u32 target, const u64* map, int colu
 #endif
 }
 
-#if STORES > 2
+#if TENSOR_STORES
 // Starts copying a box from shared memory to column `column` and row `row` of y, but for what lies behind its end.
 __device__ __forceinline__ void tensor_store(const u64* map, u32 source, int column, int row) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];\n"
@@ -336,7 +341,7 @@ __device__ __forceinline__ void store_tile(const Params& p, u32 staging, const S
       const u32 buffer = staging + slot * (CHUNK_TOKENS * 128);
       if (++slot == STORES) slot = 0;
       // What was in the chunk has left it.
-#if STORES > 2
+#if TENSOR_STORES
       if ((threadIdx.x & 127) == 0) wait_stores<STORES - 1>();
 #endif
       warpgroup_sync();
@@ -366,7 +371,7 @@ __device__ __forceinline__ void store_tile(const Params& p, u32 staging, const S
                      "r"(v[2]), "r"(v[3])
                      : "memory");
       }
-#if STORES > 2
+#if TENSOR_STORES
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
       warpgroup_sync();
       if (p.y_vector) {
@@ -538,7 +543,7 @@ __device__ __forceinline__ void consume(const Params& p, int begin, int rounds) 
     }
     store_tile(p, smem + STAGING_AT + warpgroup * STAGING_BYTES, d, done_row + above, done_token, slot);
     if (more) continue;
-#if STORES > 2
+#if TENSOR_STORES
     if ((threadIdx.x & 127) == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 #endif
     return;

@@ -1,0 +1,191 @@
+"""8-bit 2:4 weights on the GPU: the layout is an exact permutation (on any machine); levels, products and epilogues (on a GPU)."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from products import random_keep, relative_error
+from test_cuda_kernels import H200, nvcc
+
+from sparse_engine import cuda, formats, registry
+from sparse_engine.backends import cuda_levels, cuda_nm_8bit
+from sparse_engine.backends.cuda_prefill_wgmma import PrefillTile
+from sparse_engine.errors import InputError
+from sparse_engine.formats.base import PackedWeight
+from sparse_engine.levels import LARGEST, SCALES_PADDING, levels_of_rows
+from sparse_engine.mask import Mask
+from sparse_engine.pattern import SparsityPattern
+
+PATTERN = SparsityPattern.parse("2:4")
+SHAPES = [(16, 256), (33, 260), (1, 4), (200, 1028), (768, 768)]
+
+
+KINDS = pytest.mark.parametrize("kind", ["int8", "fp8"])
+ELEMENTS = pytest.mark.parametrize("element", list(cuda_levels.LEVELS), ids=str)
+
+
+def make_packed(shape: tuple[int, int], dtype: torch.dtype, kind: str, device: str = "cpu") -> PackedWeight:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator)
+    weight[shape[0] // 2] = 0.0
+    keep = random_keep(shape, PATTERN, generator)
+    return formats.for_pattern(PATTERN).pack(weight.to(dtype), Mask(PATTERN, keep), value_type=kind).to(device)
+
+
+@KINDS
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_layout_gives_back_the_packed_weight(shape: tuple[int, int], kind: str) -> None:
+    packed = make_packed(shape, torch.bfloat16, kind)
+    kernel = registry.get("cuda_nm_8bit")
+    layout = kernel.prepare(packed)
+    assert sum(t.numel() * t.element_size() for t in layout.values()) == kernel.layout_nbytes(registry.Problem.of(packed, 1), packed)
+    recovered = kernel.recover(layout, replace(packed, tensors={}))
+    assert recovered.tensors.keys() == packed.tensors.keys()
+    for name, tensor in packed.tensors.items():
+        assert torch.equal(recovered.tensors[name], tensor), name
+
+
+def test_blocks_hold_what_the_instruction_expects() -> None:
+    """A product of the layout alone, as the operands of wgmma m64nNk64 are defined (PTX ISA, sparse wgmma: metadata, and the matrix
+    descriptor's pattern of 64 bytes)."""
+    packed = make_packed((128, 256), torch.bfloat16, "int8")
+    blocks = cuda_nm_8bit.to_blocks(packed.tensors["values"], packed.tensors["bitmask"], packed.shape)
+    found = torch.zeros(packed.shape, dtype=torch.int8)
+    for block in range(2):
+        for stage in range(2):
+            stored = blocks[block, stage].tolist()
+            for row in range(64):
+                warp, half, g = row // 16, row // 8 % 2, row % 8
+                for column in range(0, 128, 4):
+                    step, k_half, group = column // 64, column // 32 % 2, column % 32 // 4
+                    thread = 32 * warp + 4 * g + 2 * k_half + half
+                    code = stored[4096 + 8 * thread + 4 * step + group // 2] & 255
+                    code = code >> 4 if group % 2 else code & 15
+                    for index in range(2):
+                        # Bits 4 and 5 of the place of a byte are exchanged with bits 7 and 8.
+                        place = 64 * row + column // 2 + index
+                        place ^= (place >> 7 & 3) << 4
+                        found[64 * block + row, 128 * stage + column + (code >> 2 * index & 3)] = stored[place]
+    assert torch.equal(found.float() * packed.tensors["scales"][:, None], formats.get("nm").unpack(replace(packed, dtype=torch.float32)))
+
+
+def test_rows_of_a_layout_are_a_layout() -> None:
+    packed = make_packed((200, 256), torch.bfloat16, "fp8")
+    kernel = registry.get("cuda_nm_8bit")
+    layout = kernel.prepare(packed)
+    assert kernel.rows_of(layout, 16, 64) is None
+    for begin, end in ((0, 64), (64, 192), (128, 200)):
+        part = kernel.rows_of(layout, begin, end)
+        assert part is not None
+        recovered = kernel.recover(part, replace(packed, shape=(end - begin, 256), tensors={}))
+        for name, tensor in packed.tensors.items():
+            assert torch.equal(recovered.tensors[name], tensor[begin:end]), name
+
+
+def test_parameters_match_the_source() -> None:
+    text = (cuda.source_folder() / "quantise_rows.cu").read_text()
+    body = re.search(r"struct Params \{(.*?)\};", text, re.S)
+    assert body is not None
+    lines = [line.strip() for line in re.sub(r"//.*", "", body[1]).split(";")]
+    declared = [name for line in lines for name in re.findall(r"[*\s](\w+)\s*(?:,|$)", line)]
+    assert declared == [name for name, _ in cuda_levels._Params._fields_]
+    assert ctypes.sizeof(cuda_levels._Params) == 48
+
+
+@pytest.mark.parametrize("element", cuda_levels.LEVELS, ids=str)
+def test_levels_are_made_without_spills(element: torch.dtype, tmp_path: Path) -> None:
+    source, _, macros = cuda_levels.quantise_compilation("sm_90a", torch.bfloat16, element)
+    assert "0 bytes spill stores" in nvcc("90a", source, dict(macros), tmp_path)
+
+
+@pytest.mark.parametrize("tile", cuda_nm_8bit.TILES, ids=str)
+def test_tiles_compile_within_their_registers(tile: PrefillTile, tmp_path: Path) -> None:
+    # Sums of both types have as many registers; one type of values compiles every tile, the other the first.
+    elements = list(cuda_nm_8bit.SOURCES)[: 2 if tile == cuda_nm_8bit.TILES[0] else 1]
+    for element in elements:
+        source = cuda_nm_8bit.SOURCES[element]
+        assert source.fits(tile, H200)
+        said = nvcc("90a", source.file, dict(source.all_macros(tile, torch.bfloat16)), tmp_path)
+        spills = re.search(r"(\d+) bytes spill stores", said)
+        assert spills is not None
+        assert int(spills[1]) <= 8
+        assert "serialized" not in said
+        assert "injected" not in said
+
+
+@ELEMENTS
+def test_levels_are_the_nearest_to_the_row(element: torch.dtype) -> None:
+    x = torch.randn(9, 300).bfloat16()
+    x[3] = 0.0
+    made = cuda_levels.quantise_rows(x, element)
+    levels, scales = made.values, made.scales
+    assert len(scales) == SCALES_PADDING
+    assert torch.equal(levels.float().abs().amax(1), torch.where(torch.arange(9) == 3, 0.0, LARGEST[element]))
+    # Half a level of int8; of fp8 a sixteenth of the element, or half of the smallest level.
+    off = (levels.double() * scales[:9, None].double() - x.double()).abs()
+    most = scales[:9, None].double() / 2 if element is torch.int8 else (x.double().abs() / 16).clamp_min(scales[:9, None].double() * 2**-10)
+    assert bool((off <= most * (1 + 1e-5)).all())
+
+
+@pytest.mark.gpu
+@ELEMENTS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("columns", [256, 260, 1030, 9216])
+def test_levels_of_rows(columns: int, dtype: torch.dtype, element: torch.dtype) -> None:
+    wide = torch.randn(37, columns + 3, device="cuda", dtype=dtype)
+    wide[5] = 0.0
+    for x in (wide[:, :columns].contiguous(), wide[:, 1 : columns + 1]):
+        made, expected = cuda_levels.quantise_rows(x, element), levels_of_rows(x.cpu(), element)
+        assert torch.equal(made.values.cpu().float(), expected.values.float())
+        assert torch.equal(made.scales[:37].cpu(), expected.scales[:37])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@KINDS
+@pytest.mark.parametrize("shape", [*SHAPES, (520, 2048)], ids=str)
+def test_product_is_that_of_the_levels(shape: tuple[int, int], kind: str, dtype: torch.dtype) -> None:
+    packed = make_packed(shape, dtype, kind, "cuda")
+    kernel = registry.get("cuda_nm_8bit")
+    layout = kernel.prepare(packed)
+    weight = formats.get("nm").unpack(replace(packed, dtype=torch.float32)).double()
+    for m in (1, 3, 17, 129, 300, 1100):
+        x = torch.randn(m, shape[1], device="cuda", dtype=dtype)
+        bias = torch.randn(shape[0], device="cuda", dtype=dtype) if m % 2 else None
+        residual = torch.randn(m, shape[0], device="cuda", dtype=dtype) if m % 3 else None
+        tokens = cuda_levels.quantise_rows(x, packed.tensors["values"].dtype)
+        expected = (tokens.values.double() * tokens.scales[:m, None].double()) @ weight.T
+        if bias is not None:
+            expected += bias.double()
+        expected = expected.clamp_min(0)
+        if residual is not None:
+            expected += residual.double()
+        for config in [(), *kernel.configs(registry.Problem.of(packed, m))]:
+            torch.full((m, shape[0]), float("nan"), device="cuda", dtype=dtype)
+            if config:
+                y = kernel.run_config(x, layout, bias, PATTERN, config).clamp_min(0)
+                y = y if residual is None else y + residual
+            else:
+                y = kernel.run_fused(x, layout, bias, PATTERN, relu=True, residual=residual)
+            assert relative_error(y, expected) < (1e-2 if dtype is torch.bfloat16 else 2e-3), (m, config)
+        y = kernel.run_levels(tokens, layout, bias, PATTERN, relu=True, residual=residual)
+        assert torch.equal(y, kernel.run_fused(x, layout, bias, PATTERN, relu=True, residual=residual))
+
+
+@pytest.mark.gpu
+def test_wrong_arguments_are_refused_and_the_operator_is_sound() -> None:
+    packed = make_packed((64, 256), torch.bfloat16, "fp8", "cuda")
+    kernel = registry.get("cuda_nm_8bit")
+    layout = kernel.prepare(packed)
+    with pytest.raises(InputError, match="take bfloat16 or float16"):
+        kernel.run(torch.zeros(1, 256, device="cuda"), layout, None, PATTERN)
+    with pytest.raises(InputError, match="x has 128 columns"):
+        kernel.run(torch.zeros(1, 128, device="cuda", dtype=torch.bfloat16), layout, None, PATTERN)
+    x = torch.randn(3, 256, device="cuda", dtype=torch.bfloat16)
+    arguments = (x, layout["weight"], layout["scales"], None, None, 64, 256, False)
+    torch.library.opcheck(torch.ops.sparse_engine.cuda_nm_8bit_linear.default, arguments)
