@@ -98,11 +98,6 @@ def test_quantised_values_and_many_rows_on_a_cpu(cli, tmp_path: Path) -> None:
         assert 1e-4 < held["rel_error"] < 2e-2, "the activations were rounded to int8"
 
 
-def test_quantised_values_are_not_measured_on_a_gpu(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="int8 values are measured on a processor only"):
-        run.run(Suite(dtypes=("bf16", "int8")), torch.device("cuda"), tmp_path / "r.json")
-
-
 @needs_native
 def test_a_forced_backend_is_the_one_measured_and_its_rejections_are_told(cli, tmp_path: Path) -> None:
     base = ("bench", "--device", "cpu", "--shape", "16x64", "--rows", "1", "--seconds", "0.001", "--patterns", "2:4", "--out", "r")
@@ -347,6 +342,7 @@ def test_the_tensor_cores_limit_is_half_for_two_of_four(monkeypatch: pytest.Monk
     # 4096 floating-point operations a clock, 100 processors, 2 GHz: 819 TFLOP/s.
     assert conditions.tensor_limit_us(place, HALF, BF16, 4096, 4096, 4096) == pytest.approx(2 * 4096**3 / 819.2e6)
     assert conditions.tensor_limit_us(place, TWO_FOUR, BF16, 4096, 4096, 4096) == pytest.approx(4096**3 / 819.2e6)
+    assert conditions.tensor_limit_us(place, TWO_FOUR, BF16, 4096, 4096, 4096, "fp8") == pytest.approx(4096**3 / 1638.4e6)
     assert conditions.tensor_limit_us(place, HALF, torch.float32, 64, 64, 64) is None
 
 
@@ -511,6 +507,20 @@ def test_bench_of_one_shape_on_a_gpu(counts: tuple[int, ...], tmp_path: Path) ->
         assert 0 < measured["limit_us"] < 1e3
         assert measured["best_dense_us"] <= measured["dense_us"]
     assert run.read_results(tmp_path / "linear-decode.json") == content
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="8-bit kernels need Hopper")
+def test_bench_of_quantised_values_on_a_gpu(tmp_path: Path) -> None:
+    left_out: list[str] = []
+    suite = Suite(shapes=((256, 512),), rows=(256,), patterns=("2:4", "4:8"), dtypes=("int8", "fp8"), budget=5.0)
+    content = run.run(suite, torch.device("cuda"), tmp_path / "linear-prefill.json", note=left_out.append)
+    assert [(measured["pattern"], measured["values"]) for measured in content["rows"]] == [("2:4", "int8"), ("2:4", "fp8")]
+    assert len(left_out) == 2
+    for measured in content["rows"]:
+        assert measured["kernel"] == "cuda_nm_8bit"
+        assert 0 < measured["of_levels_us"] < 1e3
+        assert 1e-4 < measured["rel_error"] < 5e-2, "the activations were rounded to 8 bits"
 
 
 def test_a_device_that_cannot_be_measured_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

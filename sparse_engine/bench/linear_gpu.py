@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,13 +20,15 @@ from sparse_engine import cuda, formats, plan, registry
 from sparse_engine.bench import conditions
 from sparse_engine.bench.read_floor import BLOCKS_PER_PROCESSOR, read_products
 from sparse_engine.bench.shapes import PATTERNS, random_packed
-from sparse_engine.bench.suite import DTYPES, Suite, key_of
+from sparse_engine.bench.suite import VALUES, Suite, key_of
 from sparse_engine.bench.timing import Product, Replay, copies_of, take_turns, warm_up
 from sparse_engine.errors import KernelUnavailableError
 from sparse_engine.formats.base import PackedWeight
+from sparse_engine.levels import levels_of_rows
 from sparse_engine.pattern import SparsityPattern
 from sparse_engine.policy import Policy
 from sparse_engine.registry import Kernel, Problem
+from sparse_engine.value_types import PLAIN
 
 __all__ = ["TIMING", "chosen", "measure", "why_unavailable"]
 
@@ -38,6 +40,8 @@ _FEWEST_ROUNDS, _ROUNDS = 3, 11
 _MOST_READ_ROWS = 128
 """Up to so many activation rows reading the weights is the limit; beyond, that or the tensor cores."""
 _CUSPARSELT = "torch_semi_structured"
+_OF_LEVELS = "of levels"
+"""The kernel on activations that are quantised already, as what comes before the product leaves them."""
 
 
 def why_unavailable() -> str | None:
@@ -141,7 +145,7 @@ def _measure_shape(
     wanted = {place: head for place, head in wanted.items() if key_of(head) not in skip}
     if not wanted:
         return
-    dtype, pool = DTYPES[values], torch.cuda.graph_pool_handle()
+    (dtype, value_type), pool = VALUES[values], torch.cuda.graph_pool_handle()
     policy = Policy.here(device)
     bias = torch.randn(n, device=device, dtype=dtype)
     all_x = torch.randn(max(m for _, m in wanted), k, device=device, dtype=dtype)
@@ -149,8 +153,10 @@ def _measure_shape(
     copies = copies_of({"w": (torch.randn(n, k, device=device) * 0.02).to(dtype)}, device)
     dense = {m: {name: Replay(calls, pool) for name, calls in dense_products(x, bias, copies).items()} for m, x in inputs.items()}
     for pattern in dict.fromkeys(pattern for pattern, _ in wanted):
-        packed = random_packed((n, k), SparsityPattern.parse(PATTERNS[pattern]), dtype, str(device))
-        expected = all_x.double() @ formats.get(packed.format).unpack(packed).double().T + bias.double()
+        packed = random_packed((n, k), SparsityPattern.parse(PATTERNS[pattern]), dtype, str(device), value_type=value_type)
+        # Of quantised values what they stand for, and so the error is the loss of x's rounding.
+        exact = packed if value_type == PLAIN else replace(packed, dtype=torch.float32)
+        expected = all_x.double() @ formats.get(packed.format).unpack(exact).double().T + bias.double()
         layouts: dict[str, list[dict[str, Tensor]]] = {}
         floor = _floor(packed, device, pool)
         for m, x in inputs.items():
@@ -160,7 +166,7 @@ def _measure_shape(
             try:
                 kernel = chosen(problem, suite.backend, policy)
             except KernelUnavailableError as error:
-                if suite.backend is None:
+                if suite.backend is None and value_type == PLAIN:
                     raise
                 note(f"{model} {layer} {pattern} M = {m} left out: {error}")
                 continue
@@ -171,6 +177,10 @@ def _measure_shape(
                     layouts[one.name] = copies_of(one.prepare(packed), device)
                 calls = [partial(one.run, x, held, bias, packed.pattern) for held in layouts[one.name]]
                 replays[f"kernel {one.name}"] = Replay(calls, pool)
+            if (element := kernel.levels_of(layouts[kernel.name][0])) is not None:
+                tokens = levels_of_rows(x, element)
+                calls = [partial(kernel.run_levels, tokens, held, bias, packed.pattern) for held in layouts[kernel.name]]
+                replays[_OF_LEVELS] = Replay(calls, pool)
             replays |= {f"dense {name}": replay for name, replay in dense[m].items()}
             own = replays[f"kernel {kernel.name}"]
             warm_up(own, 0.01)
@@ -181,7 +191,7 @@ def _measure_shape(
             times = take_turns(replays, rounds)
             pace.done(time.perf_counter() - begun)
             us = times[f"kernel {kernel.name}"]
-            tensor_us = conditions.tensor_limit_us(device, packed.pattern, dtype, n, k, m) if m > _MOST_READ_ROWS else None
+            tensor_us = conditions.tensor_limit_us(device, packed.pattern, dtype, n, k, m, value_type) if m > _MOST_READ_ROWS else None
             limit = max(times["floor"], tensor_us or 0.0)
             best = min((name for name in times if name.startswith("dense ")), key=times.__getitem__)
             searched = times.get(f"kernel {_CUSPARSELT}") if others else None
@@ -189,6 +199,7 @@ def _measure_shape(
             yield wanted[pattern, m] | {
                 "kernel": kernel.name,
                 "us": round(us, 3),
+                **({"of_levels_us": round(times[_OF_LEVELS], 3)} if _OF_LEVELS in times else {}),
                 "dense_us": round(times["dense linear"], 3),
                 "best_dense_us": round(times[best], 3),
                 "best_dense": best.removeprefix("dense "),

@@ -15,7 +15,7 @@ import torch
 from sparse_engine import native
 from sparse_engine.bench import conditions, linear_cpu, linear_gpu
 from sparse_engine.bench.environment import environment, write_json
-from sparse_engine.bench.suite import DTYPES, Suite, key_of, wrong_field
+from sparse_engine.bench.suite import Suite, key_of, wrong_field
 from sparse_engine.errors import InputError, KernelUnavailableError
 from sparse_engine.progress import Track, silent
 
@@ -69,11 +69,9 @@ def run(
         note: called with a sentence for every row that was left out.
 
     Raises:
-        InputError: ``out`` cannot be resumed from, or quantised values were asked for on a GPU.
+        InputError: ``out`` cannot be resumed from.
         KernelUnavailableError: nothing can be measured here, or no kernel but the reference runs a product.
     """
-    if device.type == "cuda" and (quantised := [values for values in suite.dtypes if values not in DTYPES]):
-        raise InputError(f"{quantised[0]} values are measured on a processor only; use --device cpu, or {', '.join(DTYPES)} here")
     bench = linear_gpu if device.type == "cuda" else linear_cpu
     if reason := bench.why_unavailable():
         raise KernelUnavailableError(f"the latency suite on {device.type} {reason}")
@@ -101,7 +99,8 @@ def run(
             if rows:
                 _write(out, content)
     if not rows:
-        raise KernelUnavailableError(f"backend {suite.backend} runs none of the products that were asked for")
+        who = "no kernel but the reference runs any" if suite.backend is None else f"backend {suite.backend} runs none"
+        raise KernelUnavailableError(f"{who} of the products that were asked for")
     return content
 
 
