@@ -2,8 +2,9 @@
 
 The checkpoint is pruned once by `sparse-engine convert`, and the packed result quantised by it; each is then loaded in float32. The
 perplexity is over whole held-out documents cut to --length tokens; the calibration text is other text of the same kind. It is taken
-of the forward over a whole document and, on a processor, of the decode step token by token, where activations that meet int8 and int4
-weights are rounded to int8 too, with the output head as it is and as int8.
+of the forward over a whole document; of the bfloat16 forward as the GPU's kernels for 8-bit values run it, whose activations become
+levels of the weights' type with a scale for each token; and, on a processor, of the decode step token by token, where activations that
+meet int8 and int4 weights are rounded to int8 too, with the output head as it is and as int8.
 
     python bench/quantisation_quality.py --model $SPARSE_ENGINE_DATA/models/base-28m
 """
@@ -14,23 +15,25 @@ import argparse
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from reporting import device_name, environment, write_results
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from sparse_engine import SparseOPTForCausalLM, value_types
+from sparse_engine import SparseLinear, SparseOPTForCausalLM, formats, value_types
 from sparse_engine.checkpoint import Checkpoint
 from sparse_engine.convert import convert
 from sparse_engine.data.calibration import calibration_tokens
 from sparse_engine.data.files import read_documents
-from sparse_engine.engine.cpu import int8_head
+from sparse_engine.engine.cpu import int8_head, objection
 from sparse_engine.engine.native_step import Decoder, Description
 from sparse_engine.evaluate.perplexity import document_perplexity
+from sparse_engine.levels import LARGEST, levels_of_rows
 from sparse_engine.pattern import SparsityPattern
 
 
@@ -70,14 +73,49 @@ def main() -> None:
                 row["values"] = name if name != value_types.PLAIN else str(next(iter(layers.values())).dtype).removeprefix("torch.")
                 row["packed_linear_nbytes"] = linear_nbytes(out)
                 ways: dict[tuple[str, str], Any] = {("forward", "float32"): model}
-                if settings.device == "cpu":
+                if settings.device == "cpu" and objection(model) is None:
                     ways["decode step", "float32"] = Stepwise(model, None, settings.length)
                     ways["decode step", "int8"] = Stepwise(model, int8_head(model.lm_head.weight), settings.length)
+                if (levelled := as_on_gpu(out, settings.device)) is not None:
+                    ways["forward as on a GPU", "bfloat16"] = levelled
                 for (path, head), way in ways.items():
                     measured = document_perplexity(way, documents, settings.length)
                     results.append(row | {"path": path, "head": head, "perplexity": measured.ppl, "tokens": measured.tokens})
                     print(results[-1], flush=True)  # noqa: T201
     write_results(device_name(), "quantisation-quality", environment(), results)
+
+
+def as_on_gpu(path: Path, device: str) -> Any | None:
+    """The bfloat16 model whose packed linears multiply as the GPU's kernels do, or None where those expand the values."""
+    model = SparseOPTForCausalLM.from_pretrained(path, dtype=torch.bfloat16).to(device)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, SparseLinear) and module.value_type != value_types.PLAIN:
+            if value_types.get(module.value_type).element(module.dtype) not in LARGEST:
+                return None
+            model.set_submodule(name, PerToken(module))
+    return model
+
+
+class PerToken(nn.Module):
+    """A linear of 8-bit values: levels of each token times levels of each row, the sum times both scales, plus the bias.
+
+    Sums of int8 are exact here as there; those of fp8 are float32, where tensor cores keep fewer bits.
+    """
+
+    def __init__(self, layer: SparseLinear) -> None:
+        super().__init__()
+        packed = layer.packed
+        self.scales, self.element, self.bias = packed.tensors["scales"], packed.tensors["values"].dtype, layer.bias
+        ones = dict(packed.tensors) | {"scales": torch.ones_like(self.scales)}
+        levels = formats.get(packed.format).unpack(replace(packed, tensors=ones, dtype=torch.float32))
+        self.levels = levels.double() if self.element is torch.int8 else levels
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        tokens = levels_of_rows(flat, self.element)
+        sums = tokens.values.to(self.levels.dtype) @ self.levels.T
+        y = sums.float() * (tokens.scales[: len(flat), None] * self.scales)
+        return (y if self.bias is None else y + self.bias.float()).to(x.dtype).view(*x.shape[:-1], -1)
 
 
 class Stepwise:

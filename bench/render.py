@@ -39,17 +39,29 @@ def quality(content: dict[str, Any]) -> str:
     return table(["perplexity", *patterns, "convert, at most", "peak memory, at most"], body)
 
 
+_WAYS = {
+    ("forward", "float32"): "forward",
+    ("forward as on a GPU", "bfloat16"): "bf16 forward, activations as on a GPU",
+    ("decode step", "float32"): "decode step",
+    ("decode step", "int8"): "with an int8 head",
+}
+
+
 def quantised(content: dict[str, Any]) -> str:
-    """Perplexity of a pruned model by the type of its values: the forward, and the decode step with either output head."""
+    """Perplexity of a pruned model by the type of its values and the way that it runs, and its change against the model's own type."""
     rows = content["rows"]
-    ways = [("forward", "float32", "forward"), ("decode step", "float32", "decode step"), ("decode step", "int8", "with an int8 head")]
     found = {(row["values"], row["path"], row["head"]): row for row in rows}
+    order = sorted(unique(rows, "values"), key=lambda values: -found[values, "forward", "float32"]["packed_linear_nbytes"])
+    ways = {way: label for way, label in _WAYS.items() if (order[0], *way) in found}
     body = []
-    for values in sorted(unique(rows, "values"), key=lambda values: -found[values, "forward", "float32"]["packed_linear_nbytes"]):
-        megabytes = f"{found[values, 'forward', 'float32']['packed_linear_nbytes'] / 1e6:.1f} MB"
-        cells = [found.get((values, path, head)) for path, head, _ in ways]
-        body.append([values, megabytes, *("–" if row is None else f"{row['perplexity']:.3f}" for row in cells)])
-    return table(["values", "packed linears", *(f"perplexity, {label}" for *_, label in ways)], body)
+    for values in order:
+        cells = [f"{found[values, 'forward', 'float32']['packed_linear_nbytes'] / 1e6:.1f} MB"]
+        for way in ways:
+            row, own = found.get((values, *way)), found[order[0], *way]
+            change = "" if row is own or row is None else f" ({row['perplexity'] / own['perplexity'] - 1:+.2%})"
+            cells.append("–" if row is None else f"{row['perplexity']:.3f}{change}")
+        body.append([values, *cells])
+    return table(["values", "packed linears", *(f"perplexity, {label}" for label in ways.values())], body)
 
 
 def sizes(content: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 from sparse_engine import SparseLinear, SparsityPattern, formats, registry, value_types
 from sparse_engine.checkpoint import Checkpoint
 from sparse_engine.convert import convert
+from sparse_engine.engine.runner import Runner, runner_for
 from sparse_engine.errors import CheckpointError, InputError, KernelUnavailableError
 from sparse_engine.formats.base import VALUE_DTYPES, PackedWeight
 from sparse_engine.hf import SparseOPTForCausalLM
@@ -294,3 +295,12 @@ def test_inspect_names_the_values_and_counts_their_bytes(kind: str, tiny_opt: Pa
     assert layer["dense_nbytes"] == 2 * weights
     table = cli("inspect", tmp_path / "out", "--device", "cpu")
     assert f"{kind} for bfloat16" in table.out
+
+
+def test_the_native_step_leaves_fp8_weights_to_others(tiny_opt: Path) -> None:
+    model = SparseOPTForCausalLM.from_pretrained(tiny_opt, nm="2:4", values="fp8").eval()
+    assert {kernel.name for _, kernel, _ in model.get_submodule(FC1).plan()} == {"reference"}
+    assert "fp8 values, which the native step does not read" in str(runner_for(model))
+    assert type(runner_for(model, forced=True)) is Runner
+    tokens = model.generate(torch.arange(5, 15)[None], max_new_tokens=4, do_sample=False)
+    assert torch.equal(tokens, model.to_dense().generate(torch.arange(5, 15)[None], max_new_tokens=4, do_sample=False))
