@@ -353,17 +353,65 @@ def test_strided_and_unaligned_activations(pattern: str) -> None:
         assert relative_error(y, expected_product(x, packed, None)) < TOLERANCE[torch.bfloat16]
 
 
+def tiles_of_every_source(pattern: str, parts: int) -> list[tuple[cuda_decode.Source, cuda_decode.Tile, int]]:
+    """A tile for each kernel of a pattern, and activation rows that it takes, not a multiple of its n-tiles."""
+    found = []
+    for source in cuda_tiles.sources(pattern, cuda_tiles.current_gpu()):
+        if isinstance(source, cuda_decode.WarpgroupSource):
+            found += [(source, cuda_decode.Tile(n, 1, 4, 1, parts, 1, 2, 1, 4), m) for n, m in ((4, 31), (16, 101))]
+        else:
+            found += [(source, cuda_decode.Tile(n, 1, 1, 2, parts, 1, 2, 1, 4), m) for n, m in ((1, 5), (2, 11))]
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("shape", [(80, 512), (83, 1048)], ids=str)
+@pytest.mark.parametrize("pattern", list(SHAPES))
+def test_epilogue_of_every_kernel(pattern: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Bias, ReLU and residual in any combination, with rows of y that are aligned or not."""
+    packed = make_packed(pattern, shape, dtype, "cuda")
+    layout = registry.get(KERNEL_OF[pattern]).prepare(packed)
+    named = pattern if packed.pattern.is_nm else "unstructured"
+    streams = None if packed.pattern.is_nm else cuda_unstructured._streams_of(layout)
+    for source, tile, m in tiles_of_every_source(named, streams.parts if streams else 1):
+        x = torch.randn(m, shape[1], device="cuda", dtype=dtype)
+        given = (torch.randn(shape[0], device="cuda", dtype=dtype), torch.randn(m, shape[0], device="cuda", dtype=dtype))
+        for bias, residual, relu in itertools.product((None, given[0]), (None, given[1]), (False, True)):
+            torch.full((m, shape[0]), float("nan"), device="cuda", dtype=dtype)
+            chosen = (source, tile)
+            y = cuda_decode.run_decode(lambda *_, chosen=chosen: chosen, x, layout["weight"], bias, residual, *shape, relu, streams)
+            expected = expected_product(x, packed, bias)
+            expected = expected.clamp_min(0) if relu else expected
+            assert relative_error(y, expected if residual is None else expected + residual.double()) < TOLERANCE[dtype], (source, m)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("pattern", list(SHAPES))
-def test_epilogue(pattern: str) -> None:
+def test_epilogue_of_the_operator(pattern: str) -> None:
     packed = make_packed(pattern, (80, 512), torch.float16, "cuda")
     layout = registry.get(KERNEL_OF[pattern]).prepare(packed)
-    x = torch.randn(5, 512, device="cuda", dtype=torch.float16)
-    bias, residual = (torch.randn(*size, device="cuda", dtype=torch.float16) for size in ((80,), (5, 80)))
-    op, arguments = op_call(x, layout, packed, bias, residual, relu=True)
-    y = op(*arguments)
-    expected = expected_product(x, packed, bias).clamp_min(0) + residual.double()
-    assert relative_error(y, expected) < TOLERANCE[torch.float16]
+    for m in (5, 40):
+        x = torch.randn(m, 512, device="cuda", dtype=torch.float16)
+        bias, residual = (torch.randn(*size, device="cuda", dtype=torch.float16) for size in ((80,), (m, 80)))
+        op, arguments = op_call(x, layout, packed, bias, residual, relu=True)
+        expected = expected_product(x, packed, bias).clamp_min(0) + residual.double()
+        assert relative_error(op(*arguments), expected) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", list(SHAPES))
+def test_product_on_a_device_that_is_not_the_current_one(pattern: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    packed = make_packed(pattern, (200, 1040), torch.bfloat16, "cuda:1")
+    kernel = registry.get(KERNEL_OF[pattern])
+    layout = kernel.prepare(packed)
+    for m in (1, 40):
+        x = torch.randn(m, 1040, device="cuda:1", dtype=torch.bfloat16)
+        y = kernel.run(x, layout, None, packed.pattern)
+        assert y.device == x.device
+        assert relative_error(y, expected_product(x, packed, None)) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.gpu
