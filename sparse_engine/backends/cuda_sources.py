@@ -36,7 +36,8 @@ _HOPPER_SHARED = 232448
 """Bytes of shared memory that a block may have on the GPUs with wgmma."""
 TYPICAL_DEPTH = 42
 """Words of the deepest unit at half density, for choosing tiles before a weight is seen."""
-_SELDOM_DEEPER = 4
+_SELDOM_DEEPER = 10
+"""Words that a weight may be deeper without losing warps to buffers of activations."""
 _SLOT_BYTES = 9 * 512
 """Bytes of 16 rows by 256 columns of a 2:4 or 4:8 weight in fragment order."""
 
