@@ -97,6 +97,24 @@ def test_parameters_match_the_source() -> None:
     assert ctypes.sizeof(cuda_levels._Params) == 48
 
 
+@pytest.mark.parametrize(
+    ("shape", "m", "expected"),
+    [
+        ((16384, 4096), 4096, (256, 192)),
+        ((4096, 16384), 4096, (128, 256)),
+        ((12288, 4096), 1024, (128, 256)),
+        ((4096, 16384), 512, (128, 128)),
+        ((16384, 4096), 256, (128, 256)),
+        ((4096, 4096), 256, (128, 64)),
+        ((768, 768), 1, (128, 32)),
+    ],
+)
+def test_the_estimate_prefers_what_was_fastest(shape: tuple[int, int], m: int, expected: tuple[int, int]) -> None:
+    """On an H100, but for the single row, where the smallest tile has the least work that is thrown away."""
+    first = cuda_nm_8bit._ordered_tiles(*shape, m, H200)[0]
+    assert (first.rows, first.tokens) == expected
+
+
 @pytest.mark.parametrize("element", cuda_levels.LEVELS, ids=str)
 def test_levels_are_made_without_spills(element: torch.dtype, tmp_path: Path) -> None:
     source, _, macros = cuda_levels.quantise_compilation("sm_90a", torch.bfloat16, element)

@@ -1,7 +1,7 @@
 // The frame of the prefill kernels (sm_90a): y (m, rows) = x (m, cols) · Wᵀ for many activation rows m, W packed (rows, cols).
 //
-// W is operand A of wgmma and comes from registers, x is operand B, so a block computes yᵀ: a tile of TILE_ROWS weight rows by
-// TILE_TOKENS activation rows. Compile-time macros, set by the host:
+// W is operand A of wgmma and comes from registers or, of 8-bit values, from shared memory; x is operand B, so a block computes yᵀ: a tile
+// of TILE_ROWS weight rows by TILE_TOKENS activation rows. Compile-time macros, set by the host:
 //   ELEM_BF16    1 for bfloat16, 0 for float16 (weights, x, bias, residual and y alike; sums are float32)
 //   VALUES       1: weights and x are e4m3; 2: int8, and sums int32; then each row of W and of x has a scale. 0: as above
 //   N_TILES      n-tiles of 8 activation rows of a block's tile
