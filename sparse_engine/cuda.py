@@ -75,6 +75,12 @@ def _nvrtc_version() -> str:
     return f"{major}.{minor}"
 
 
+def _files_of(source: str) -> list[Path]:
+    """csrc/cuda/``source`` and every header that it may include."""
+    folder = source_folder()
+    return [folder / source, *sorted((folder / "include").rglob("*.cuh"))]
+
+
 def compile_cubin(source: str, arch: str, macros: Mapping[str, int]) -> bytes:
     """Machine code for csrc/cuda/``source`` with ``macros`` defined, for an ``arch`` such as "sm_90a"; from the disk cache if it is there.
 
@@ -82,10 +88,9 @@ def compile_cubin(source: str, arch: str, macros: Mapping[str, int]) -> bytes:
         KernelUnavailableError: NVRTC is missing or rejects the source.
     """
     folder = source_folder()
-    headers = folder / "include"
     digest = hashlib.sha256()
-    for path in [folder / source, *sorted(headers.glob("*.cuh"))]:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in _files_of(source):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     defines = [f"{name}={value}" for name, value in sorted(macros.items())]
     try:
         from cuda.core import Program, ProgramOptions
@@ -94,7 +99,7 @@ def compile_cubin(source: str, arch: str, macros: Mapping[str, int]) -> bytes:
         target = cache_folder() / f"{Path(source).stem}-{arch}-{digest.hexdigest()[:32]}.cubin"
         if target.is_file():
             return target.read_bytes()
-        options = ProgramOptions(arch=arch, std="c++17", include_path=str(headers), define_macro=list(defines))
+        options = ProgramOptions(arch=arch, std="c++17", include_path=str(folder / "include"), define_macro=list(defines))
         cubin = bytes(Program((folder / source).read_text(), "c++", options).compile("cubin").code)
     except Exception as error:  # NVRTC, a missing library and a driver too old for it all raise types of their own
         raise KernelUnavailableError(f"NVRTC cannot compile {source} for {arch}: {error}") from error

@@ -51,6 +51,14 @@ def test_it_compiles_and_fits_a_multiprocessor(dimensions: Dimensions, int8: boo
     assert slots * 4608 + dimensions.rest_bytes(132) + static <= HOPPER_SHARED
 
 
+def test_a_cubin_depends_on_every_header() -> None:
+    include, files = cuda.source_folder() / "include", cuda._files_of("decode_model.cu")
+    reached = {files[0]}
+    while found := {include / name for file in reached for name in re.findall(r'#include "(.+)"', file.read_text())} - reached:
+        reached |= found
+    assert reached <= set(files)
+
+
 def test_parameters_match_the_source() -> None:
     source = re.sub(r"//.*", "", (cuda.source_folder() / "decode_model.cu").read_text())
     layer, params = (re.search(rf"struct {struct} \{{(.*?)\}};", source, re.S) for struct in ("Layer", "Params"))
