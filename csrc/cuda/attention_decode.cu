@@ -6,13 +6,14 @@
 //   group:        LANES lanes that share a position, with PER_LANE vectors of 16 bytes each of its key and of its value
 //   the token's own key and value come from qkv: they belong to the last warp of the last part
 //
-// Each group keeps its own running maximum and sums (online softmax, Milakov and Gimelshein 2018), which the groups of a warp join by
-// shuffles, the warps by shared memory and the parts by the shared memory of the cluster's block 0 (split as in Flash-Decoding, 2023).
-// Positions of earlier steps are read before the predecessor has ended.
+// Each group keeps its own running maximum and sums (softmax.cuh), which the groups of a warp join by shuffles, the warps by shared memory
+// and the parts by the shared memory of the cluster's block 0 (split as in Flash-Decoding, 2023). Positions of earlier steps are read
+// before the predecessor has ended.
 //
 // Macros: ELEMENT, the type of everything; HEAD_SIZE; WARPS of a block; UNROLL, positions that each group has in flight;
 // MIN_BLOCKS that must fit one multiprocessor (bounds the registers).
 #include "gather.cuh"
+#include "softmax.cuh"
 
 #define THREADS (32 * WARPS)
 #define VECTOR VECTOR_OF<ELEMENT>
@@ -26,9 +27,6 @@
 #define GROUPS (32 / LANES)
 #define STEP (WARPS * GROUPS)
 #define TILE (UNROLL * STEP)
-// Below every score; finite, so that the difference of two is a number.
-#define LOWEST -3.0e38f
-#define ALL 0xffffffffu
 
 struct Params {
   const uint4* qkv;   // (batch, 3, heads, HEAD_SIZE)
@@ -74,12 +72,6 @@ __device__ __forceinline__ void load_cache(uint4& v, const uint4* p, bool wanted
 
 __device__ __forceinline__ void prefetch(const uint4* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // This lane's vectors of UNROLL positions, STEP apart, the first at `at`. Of those from `left` on, the tile keeps what
 // it held: their weight will be zero.
 __device__ __forceinline__ void load_tile(uint4 (&tile)[UNROLL][PER_LANE], const uint4* at, int left, int in_group) {
@@ -103,13 +95,6 @@ __device__ __forceinline__ float dot(const float (&q)[PER_LANE][VECTOR], const u
   return sum;
 }
 
-__device__ __forceinline__ float group_sum(float v) {
-#pragma unroll
-  for (int offset = LANES / 2; offset; offset >>= 1)
-    v += __shfl_xor_sync(ALL, v, offset);
-  return v;
-}
-
 __device__ __forceinline__ void add_weighted(float (&acc)[PER_LANE][VECTOR], float weight, const uint4 (&v)[PER_LANE]) {
 #pragma unroll
   for (int j = 0; j < PER_LANE; ++j) {
@@ -120,11 +105,6 @@ __device__ __forceinline__ void add_weighted(float (&acc)[PER_LANE][VECTOR], flo
       acc[j][i] += weight * f[i];
   }
 }
-
-// Weighted values, the weights' sum and the maximum that both are relative to, of some positions.
-struct Partial {
-  float values[HEAD_SIZE], sum, maximum;
-};
 
 // Element d of the values of `count` partials, joined; `sum` and `maximum` are those of all of them.
 __device__ __forceinline__ float join(const Partial* partials, int count, int d, float& sum, float& maximum) {
@@ -182,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_deco
   for (int j = 0; j < PER_LANE; ++j)
 #pragma unroll
     for (int i = 0; i < VECTOR; ++i)
-      q[j][i] *= p.scale * 1.44269504f; // weights are powers of two
+      q[j][i] *= p.scale * LOG2E;
   float acc[PER_LANE][VECTOR] = {}, sum = 0, maximum = LOWEST;
   if (blockIdx.y == parts - 1 && warp == WARPS - 1 && now < p.capacity) {
     uint4 own_k[PER_LANE], own_v[PER_LANE];
@@ -194,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_deco
         own_v[j] = qkv[2ll * p.heads * ROW_VECTORS + j * LANES];
       }
     }
-    const float score = group_sum(dot(q, own_k));
+    const float score = group_sum<LANES>(dot(q, own_k));
     if (lane < LANES) {
       maximum = score;
       sum = 1;
@@ -226,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_deco
     load_tile(k, k_at, left - TILE, in_group);
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
-      score[u] = group_sum(score[u]);
+      score[u] = group_sum<LANES>(score[u]);
       if (u * STEP >= left) score[u] = -__int_as_float(0x7f800000);
       highest = fmaxf(highest, score[u]);
     }
@@ -261,10 +241,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_deco
   for (int j = 0; j < PER_LANE; ++j)
 #pragma unroll
     for (int i = 0; i < VECTOR; ++i) {
-      acc[j][i] *= shrink;
-#pragma unroll
-      for (int offset = LANES; offset < 32; offset <<= 1)
-        acc[j][i] += __shfl_xor_sync(ALL, acc[j][i], offset);
+      acc[j][i] = sum_of_groups<LANES>(acc[j][i] * shrink);
       if (lane < LANES && holds(in_group, j)) of_warps[warp].values[(j * LANES + in_group) * VECTOR + i] = acc[j][i];
     }
   if (lane == 0) {

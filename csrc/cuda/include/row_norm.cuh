@@ -3,6 +3,7 @@
 // Macros: ELEMENT, the type of everything; THREADS of the block; PER_THREAD vectors of a thread.
 #pragma once
 #include "element.cuh"
+#include "warp.cuh"
 
 #define VECTOR VECTOR_OF<ELEMENT>
 #define ROW_WARPS (THREADS / 32)
@@ -20,13 +21,6 @@ __device__ __forceinline__ Affine load_affine(const uint4* weight, const uint4* 
     affine.bias[j] = v < vectors ? bias[v] : make_uint4(0, 0, 0, 0);
   }
   return affine;
-}
-
-__device__ __forceinline__ float warp_sum(float v) {
-#pragma unroll
-  for (int offset = 16; offset; offset >>= 1)
-    v += __shfl_xor_sync(0xffffffffu, v, offset);
-  return v;
 }
 
 // Elements that a warp holds of a row of `vectors`.
