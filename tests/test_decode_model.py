@@ -60,7 +60,7 @@ def test_a_cubin_depends_on_every_header() -> None:
 
 
 def test_parameters_match_the_source() -> None:
-    source = re.sub(r"//.*", "", (cuda.source_folder() / "decode_model.cu").read_text())
+    source = re.sub(r"//.*", "", (cuda.source_folder() / "include" / "step" / "model.cuh").read_text())
     layer, params = (re.search(rf"struct {struct} \{{(.*?)\}};", source, re.S) for struct in ("Layer", "Params"))
     assert layer is not None
     assert params is not None

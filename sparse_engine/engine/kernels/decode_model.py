@@ -113,7 +113,7 @@ class ModelTensors:
 
 
 class _Params(ctypes.Structure):
-    """``Params`` of csrc/cuda/decode_model.cu."""
+    """``Params`` of csrc/cuda/include/step/model.cuh."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("layers", "token_table", "position_table", "final_scale", "final_shift")),
