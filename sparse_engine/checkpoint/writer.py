@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from sparse_engine.errors import InputError, SparseEngineError
 
-__all__ = ["ShardWriter", "publish", "save_tensors", "write_json"]
+__all__ = ["ShardWriter", "check_target", "publish", "save_tensors", "write_json"]
 
 SIDE_FILES = ("generation_config.json", "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json")
 """Files that go along unchanged with the weights."""
@@ -94,6 +95,26 @@ def copy_side_files(source: Path, target: Path) -> None:
     for name in SIDE_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+
+
+def check_target(out: Path, *, overwrite: bool, reads: Iterable[Path] = ()) -> None:
+    """Refuse, before any work, an ``out`` that must not be replaced.
+
+    Args:
+        reads: the directories that the work reads.
+
+    Raises:
+        InputError: ``out`` exists and ``overwrite`` is off, it is a file, or one of ``reads`` is it or lies in it.
+    """
+    if not out.exists():
+        return
+    if not overwrite:
+        raise InputError(f"{out} exists; choose another --out or pass --overwrite")
+    if not out.is_dir():
+        raise InputError(f"{out} is a file, which --overwrite does not replace; choose another --out")
+    for read in reads:
+        if read.resolve().is_relative_to(out.resolve()):
+            raise InputError(f"--overwrite would replace {read}, which is read; choose another --out")
 
 
 def publish(finished: Path, out: Path, *, overwrite: bool) -> None:

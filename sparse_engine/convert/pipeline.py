@@ -20,7 +20,7 @@ from sparse_engine.checkpoint import Checkpoint, LayerSpec, resolve, storage
 from sparse_engine.checkpoint.reader import MANIFEST
 from sparse_engine.checkpoint.storage.base import Storage
 from sparse_engine.checkpoint.storage.packed import PackedStorage
-from sparse_engine.checkpoint.writer import ShardWriter, copy_side_files, publish, write_json
+from sparse_engine.checkpoint.writer import ShardWriter, check_target, copy_side_files, publish, write_json
 from sparse_engine.convert.job import Job, checksum, manifest_entry
 from sparse_engine.convert.sequential import prune_layers
 from sparse_engine.errors import CheckpointError, InputError
@@ -89,17 +89,17 @@ def convert(
         max_shard_bytes: most bytes per weight file.
 
     Raises:
-        InputError: settings that do not fit together or the checkpoint, or ``out`` exists.
+        InputError: settings that do not fit together or the checkpoint, or ``out`` exists or must not be replaced.
         CheckpointError: the checkpoint cannot be used.
         SparseEngineError: the result could not be written.
     """
     started = time.monotonic()
     out = Path(out)
-    if out.exists() and not overwrite:
-        raise InputError(f"{out} exists; choose another --out or pass --overwrite")
+    check_target(out, overwrite=overwrite)
     if dtype is not None and dtype not in VALUE_DTYPES:
         raise InputError(f"cannot store weights as {dtype}; use bfloat16, float16 or float32")
     checkpoint = Checkpoint(resolve(source))
+    check_target(out, overwrite=overwrite, reads=[checkpoint.path])
     conversion = _Conversion(
         checkpoint,
         pattern,

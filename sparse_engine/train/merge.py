@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparse_engine.checkpoint import Checkpoint
+from sparse_engine.checkpoint.writer import check_target
 from sparse_engine.errors import InputError
 from sparse_engine.mask import Mask
 from sparse_engine.train.adapters import Adapter, is_adapter, load_adapter
@@ -50,13 +51,13 @@ def merge(
         dtype: stored type; default: the base's.
 
     Raises:
-        InputError: the merge would lose the mask, ``source`` is no adapter, or ``out`` exists.
+        InputError: the merge would lose the mask, ``source`` is no adapter, or ``out`` exists or must not be replaced.
     """
-    if out.exists() and not overwrite:
-        raise InputError(f"{out} exists; choose another --out or pass --overwrite")
+    check_target(out, overwrite=overwrite)
     if not is_adapter(source):
         raise InputError(f"{source} is no adapter: `merge` takes what `finetune --method qlora` or `sparse-lora` wrote")
     adapter = Adapter(source, base)
+    check_target(out, overwrite=overwrite, reads=[source, adapter.base])
     masks = adapter.masks
     if masks and adapter.settings.method != "sparse-lora" and not apply_mask:
         raise InputError(
