@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from sparse_engine.checkpoint.storage.base import LayerSpec
 from sparse_engine.errors import CheckpointError
 from sparse_engine.formats.base import PackedWeight
 
-__all__ = ["MANIFEST", "Checkpoint"]
+__all__ = ["MANIFEST", "Checkpoint", "content_digest"]
 
 MANIFEST = "sparse_engine.json"
 """Provenance and checksums of a converted checkpoint, beside its config.json."""
@@ -57,7 +58,10 @@ class Checkpoint:
         if not self.path.is_dir():
             raise CheckpointError(f"there is no checkpoint directory {self.path}")
         self.config = _read_json(self.path / "config.json")
-        self.family = models.for_config(self.config)
+        try:
+            self.family = models.for_config(self.config)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: {error}") from None
         self.storage = storage.detect(self.config)
         self._files = {name: safe_open_file(self.path / name) for name in _weight_files(self.path)}
         self._where: dict[str, tuple[str, str]] = {}
@@ -164,6 +168,16 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of the weight files."""
         return sum((self.path / file).stat().st_size for file in self._files)
+
+
+def content_digest(folder: Path) -> str:
+    """What tells the checkpoint or adapter in ``folder`` from every other, wherever it lies: a hash of its config and weights."""
+    digest = hashlib.sha256()
+    configs = [folder / name for name in ("config.json", "adapter_config.json") if (folder / name).is_file()]
+    for file in [*configs, *sorted(folder.glob("*.safetensors"))]:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def safe_open_file(path: Path) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -15,20 +14,15 @@ __all__ = [
     "Device",
     "Dtype",
     "Regime",
-    "load_model",
-    "load_tokenizer",
     "parse_device",
-    "parse_dtype",
     "parse_rows",
-    "quiet_transformers",
     "regime_rows",
+    "seed_option",
     "size_text",
     "split_list",
 ]
 
 _MOST_ROWS = 1 << 16
-_VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 Dtype = Annotated[str | None, typer.Option("--dtype", help="bf16, fp16 or fp32; default: the checkpoint's own.", metavar="TYPE")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
@@ -48,12 +42,9 @@ def regime_rows(name: str) -> list[int]:
     return list(REGIMES[name])
 
 
-def parse_dtype(text: str | None) -> torch.dtype | None:
-    if text is None:
-        return None
-    if text not in _DTYPES:
-        raise InputError(f"unknown --dtype {text!r}: use {', '.join(_DTYPES)}")
-    return _DTYPES[text]
+def seed_option(what: str) -> Any:
+    """``--seed``, in the range that every generator of random numbers takes."""
+    return typer.Option("--seed", min=0, max=2**32 - 1, help=what)
 
 
 def split_list(given: list[str] | None) -> list[str]:
@@ -80,57 +71,6 @@ def parse_device(text: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise KernelUnavailableError(f"--device {text} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
     return device
-
-
-def quiet_transformers() -> None:
-    """Keep transformers' own bars and notices off the terminal: this command line reports for itself."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The tokenizer stored with a checkpoint.
-
-    Raises:
-        InputError: there is none that loads.
-    """
-    from transformers import AutoTokenizer
-
-    quiet_transformers()
-    remedy = "copy tokenizer.json and tokenizer_config.json there"
-    # Without any vocabulary transformers builds an empty tokenizer instead of failing.
-    if not any((path / name).is_file() for name in _VOCABULARIES):
-        raise InputError(f"{path} has no tokenizer ({', '.join(_VOCABULARIES)} are all missing); {remedy}")
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"{path} has a tokenizer that does not load ({reason}); {remedy}") from None
-
-
-def load_model(path: Path, *, backend: str | None, dtype: torch.dtype | None, device: torch.device) -> Any:
-    """A checkpoint's model in evaluation mode: packed linears run packed, a dense checkpoint runs dense.
-
-    Raises:
-        InputError: ``backend`` is given for a dense checkpoint.
-        CheckpointError: the checkpoint cannot be used.
-        KernelUnavailableError: ``backend`` cannot run its layers.
-    """
-    from sparse_engine.checkpoint import Checkpoint
-    from sparse_engine.hf import EngineOPTForCausalLM, SparseOPTForCausalLM
-
-    quiet_transformers()
-    dense = Checkpoint(path).kind == "dense"
-    if dense and backend is not None:
-        raise InputError(f"{path} is dense and runs on torch's own linear; --backend chooses among kernels for packed checkpoints")
-    if dense:
-        # Our reader has refused pickled weights by now; safetensors alone are left to load.
-        model: Any = EngineOPTForCausalLM.from_pretrained(path, dtype=dtype or "auto", use_safetensors=True)
-    else:
-        model = SparseOPTForCausalLM.from_pretrained(path, backend=backend, dtype=dtype or "auto")
-    return model.to(device).eval()
 
 
 def size_text(nbytes: float) -> str:

@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from sparse_engine.cli.app import app
-from sparse_engine.cli.common import Device, Dtype, load_tokenizer, parse_device, parse_dtype, quiet_transformers, size_text
+from sparse_engine.cli.common import Device, Dtype, parse_device, seed_option, size_text
 from sparse_engine.errors import InputError
+from sparse_engine.hf.loading import load_tokenizer, parse_dtype, quiet_transformers
 from sparse_engine.pattern import SparsityPattern
 from sparse_engine.progress import console_track
 
@@ -80,7 +81,7 @@ def convert(
     ] = "packed",
     dtype: Dtype = None,
     device: Device = "cpu",
-    seed: Annotated[int, typer.Option("--seed", help="Of the choice of calibration samples.")] = 0,
+    seed: Annotated[int, seed_option("Of the choice of calibration samples.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from an interrupted run with the same settings.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing --out.")] = False,
 ) -> None:
@@ -123,8 +124,6 @@ def convert(
             count = length or min(checkpoint.family.max_length(checkpoint.config), _LONGEST)
             tokens = calibration_tokens(source, load_tokenizer(path), samples=samples, length=count, seed=seed, as_prompts=prompts)
             provenance["calibration"] = {"source": source, "samples": len(tokens), "length": count, "seed": seed, "prompts": prompts}
-        elif pruner is None:
-            typer.echo("pruning by magnitude; --calibration FILE (or c4, billsum) would keep far more quality", err=True)
     report = run(
         path,
         target,
@@ -141,6 +140,8 @@ def convert(
         provenance=provenance,
         track=console_track,
     )
+    if pattern is not None and pruner is None and not needs_text:
+        typer.echo("pruned by magnitude; --calibration FILE (or c4, billsum) would keep far more quality", err=True)
     sys.stderr.flush()
     share = report.packed_linear_nbytes / report.dense_linear_nbytes
     typer.echo(

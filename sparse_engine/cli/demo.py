@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sparse_engine.cli.app import app
-from sparse_engine.cli.common import quiet_transformers, size_text
+from sparse_engine.cli.common import size_text
 from sparse_engine.errors import InputError
+from sparse_engine.hf.loading import quiet_transformers
 from sparse_engine.progress import console_track
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ def demo(
     for file in (out, as_json):
         if file is not None and not file.absolute().parent.is_dir():
             raise InputError(f"cannot write {file}: there is no directory {file.parent}")
+    if out is not None and out.exists():
+        raise InputError(f"{out} exists; choose another --out")
+    if as_json is not None and as_json.is_dir():
+        raise InputError(f"--json {as_json} is a directory; give a file")
     quiet_transformers()
     busy, cores = os.getloadavg()[0], os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as scratch:

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from sparse_engine.cli.app import app
-from sparse_engine.cli.common import Backend, Device, Dtype, parse_device, quiet_transformers, size_text
+from sparse_engine.cli.common import Backend, Device, Dtype, parse_device, seed_option, size_text
 from sparse_engine.cli.data_options import SummaryColumn, TextColumn
 from sparse_engine.errors import InputError
+from sparse_engine.hf.loading import quiet_transformers
 from sparse_engine.progress import console_track
 
 Metrics = Annotated[
@@ -30,8 +31,10 @@ def evaluate(
     split: Annotated[str, typer.Option("--split", help="Of billsum: validation (California) or test (US).")] = "test",
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use this many examples, by --seed.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Summaries generated together.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 128,
-    max_text_tokens: Annotated[int, typer.Option("--max-text-tokens", min=1)] = 1024,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens of a summary.")] = 128,
+    max_text_tokens: Annotated[
+        int, typer.Option("--max-text-tokens", min=1, help="Most tokens of a document; what is longer is cut.")
+    ] = 1024,
     metrics: Metrics = None,
     bertscore_model: BertModel = "roberta-large",
     bertscore_layers: BertLayers = None,
@@ -44,7 +47,7 @@ def evaluate(
     base: Annotated[str | None, typer.Option("--base", metavar="CKPT", help="An adapter's base, if it was moved.")] = None,
     text_column: TextColumn = "text",
     summary_column: SummaryColumn = "summary",
-    seed: Annotated[int, typer.Option("--seed", help="Of the choice of examples.")] = 0,
+    seed: Annotated[int, seed_option("Of the choice of examples.")] = 0,
     backend: Backend = None,
     dtype: Dtype = None,
     device: Device = "cpu",
@@ -54,19 +57,22 @@ def evaluate(
 
     from sparse_engine.checkpoint.writer import write_json
     from sparse_engine.data.pairs import load_pairs
-    from sparse_engine.evaluate.run import EvaluateSettings, generate, load_for_evaluation, text_perplexity
+    from sparse_engine.evaluate.run import EvaluateSettings, generate, load_for_evaluation, perplexity_text, text_perplexity
 
     settings = EvaluateSettings(
         batch_size=batch_size, max_new_tokens=max_new_tokens, max_text_tokens=max_text_tokens, dtype=dtype, backend=backend
     )
     _check_metrics(metrics)
     pairs = load_pairs(data, split, limit=limit, seed=seed, text_column=text_column, summary_column=summary_column)
+    text = None if perplexity is None else perplexity_text(perplexity)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file; give a directory")
     quiet_transformers()
     loaded = load_for_evaluation(ckpt, settings, place, base=base)
     made = generate(loaded, pairs, out, settings, track=console_track)
     _print_cost(made)
-    if perplexity is not None:
-        value = text_perplexity(loaded, perplexity, track=console_track)
+    if text is not None:
+        value = text_perplexity(loaded, text, track=console_track)
         write_json(out / "perplexity.json", {"text": perplexity, "perplexity": value})
         typer.echo(f"perplexity of {perplexity}: {value:.3f}")
     if no_score:

@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from sparse_engine.cli.app import app
-from sparse_engine.cli.common import Device, Dtype, parse_device, parse_dtype, quiet_transformers
+from sparse_engine.cli.common import Device, Dtype, parse_device, seed_option
 from sparse_engine.cli.data_options import SummaryColumn, TextColumn
 from sparse_engine.errors import InputError
+from sparse_engine.hf.loading import parse_dtype, quiet_transformers
 from sparse_engine.progress import console_track
 from sparse_engine.train.settings import METHODS, FinetuneSettings
 
@@ -35,7 +36,7 @@ def finetune(
     ] = 100,
     text_column: TextColumn = "text",
     summary_column: SummaryColumn = "summary",
-    epochs: Annotated[float, typer.Option("--epochs")] = _DEFAULT.epochs,
+    epochs: Annotated[float, typer.Option("--epochs", help="Passes over the training examples.")] = _DEFAULT.epochs,
     max_steps: Annotated[int, typer.Option("--max-steps", help="Stop after so many updates; -1: after --epochs.")] = _DEFAULT.max_steps,
     lr: Annotated[float, typer.Option("--lr", help="Peak learning rate of Adam; it falls linearly.")] = _DEFAULT.learning_rate,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Examples per device and step.")] = _DEFAULT.batch_size,
@@ -52,16 +53,22 @@ def finetune(
     ] = None,
     rank: Annotated[int, typer.Option("--rank", help="Of the adapters.")] = _DEFAULT.rank,
     alpha: Annotated[int, typer.Option("--alpha", help="Of the adapters: their update is scaled by alpha / rank.")] = _DEFAULT.alpha,
-    lora_dropout: Annotated[float, typer.Option("--lora-dropout")] = _DEFAULT.lora_dropout,
+    lora_dropout: Annotated[float, typer.Option("--lora-dropout", help="Of the adapters' input.")] = _DEFAULT.lora_dropout,
     teacher: Annotated[str | None, typer.Option("--teacher", metavar="CKPT", help="Dense fine-tuned model to distil from.")] = None,
     distill_weight: Annotated[float, typer.Option("--distill-weight", help="Share of the loss.")] = _DEFAULT.distill_weight,
-    distill_temperature: Annotated[float, typer.Option("--distill-temperature")] = _DEFAULT.distill_temperature,
+    distill_temperature: Annotated[
+        float, typer.Option("--distill-temperature", help="Of both models' predictions.")
+    ] = _DEFAULT.distill_temperature,
     distill_on: Annotated[str, typer.Option("--distill-on", help="answer, or all positions.")] = _DEFAULT.distill_on,
     distill_hidden: Annotated[
         float, typer.Option("--distill-hidden", help="Weight of the layers' normalised squared error.")
     ] = _DEFAULT.distill_hidden,
-    max_text_tokens: Annotated[int, typer.Option("--max-text-tokens")] = _DEFAULT.max_text_tokens,
-    max_summary_tokens: Annotated[int, typer.Option("--max-summary-tokens")] = _DEFAULT.max_summary_tokens,
+    max_text_tokens: Annotated[
+        int, typer.Option("--max-text-tokens", help="Most tokens of a document; what is longer is cut.")
+    ] = _DEFAULT.max_text_tokens,
+    max_summary_tokens: Annotated[
+        int, typer.Option("--max-summary-tokens", help="Most tokens of a summary; what is longer is cut.")
+    ] = _DEFAULT.max_summary_tokens,
     text_windows: Annotated[
         int, typer.Option("--text-windows", help="Learn from so many windows of a long text, for distillation; 1: from its start.")
     ] = _DEFAULT.text_windows,
@@ -69,7 +76,7 @@ def finetune(
         str, typer.Option("--answers", help="reference summaries, the teacher's own, or both: sequence-level distillation.")
     ] = _DEFAULT.answers,
     precision: Annotated[str, typer.Option("--precision", help="auto, bf16 or fp32 computation; weights train in fp32.")] = "auto",
-    seed: Annotated[int, typer.Option("--seed")] = _DEFAULT.seed,
+    seed: Annotated[int, seed_option("Of everything that is drawn at random.")] = _DEFAULT.seed,
     dtype: Dtype = None,
     device: Device = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from an interrupted run's last checkpoint.")] = False,
@@ -112,9 +119,11 @@ def finetune(
         raise InputError(f"{target} exists; choose another --out or pass --overwrite")
 
     from sparse_engine.data.pairs import load_pairs
+    from sparse_engine.train.finetune import check_request
     from sparse_engine.train.finetune import finetune as run
 
     quiet_transformers()
+    check_request(ckpt, settings, teacher)
     columns = {"seed": seed, "text_column": text_column, "summary_column": summary_column}
     examples = load_pairs(train, "train", limit=train_limit, **columns)  # type: ignore[arg-type]
     held_out = load_pairs(validation or "billsum", "validation", limit=validation_limit, **columns)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Annotated
@@ -10,8 +11,9 @@ import torch
 import typer
 
 from sparse_engine.cli.app import app
-from sparse_engine.cli.common import Backend, Device, Dtype, load_model, load_tokenizer, parse_device, parse_dtype
+from sparse_engine.cli.common import Backend, Device, Dtype, parse_device, seed_option
 from sparse_engine.errors import InputError
+from sparse_engine.hf.loading import load_model, load_tokenizer, parse_dtype
 
 
 def _prompt(text: str | None, file: Path | None) -> str:
@@ -36,14 +38,14 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens to add.")] = 64,
     temperature: Annotated[float | None, typer.Option("--temperature", help="Sample at this temperature; default: greedy.")] = None,
     top_p: Annotated[float | None, typer.Option("--top-p", help="Sample from the likeliest tokens that sum to this.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
+    seed: Annotated[int, seed_option("Of the sampling.")] = 0,
     backend: Backend = None,
     dtype: Dtype = None,
     device: Device = "cpu",
 ) -> None:
     """Continue a prompt and print the new text; greedy unless --temperature or --top-p asks for sampling."""
-    if temperature is not None and temperature <= 0:
-        raise InputError(f"--temperature must be above 0, got {temperature}; leave it out for greedy decoding")
+    if temperature is not None and not 0 < temperature < math.inf:
+        raise InputError(f"--temperature must be a number above 0, got {temperature}; leave it out for greedy decoding")
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"--top-p must lie above 0 and at most at 1, got {top_p}")
     text = _prompt(prompt, prompt_file)

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from sparse_engine.cli.app import app
-from sparse_engine.cli.common import Dtype, parse_dtype, quiet_transformers
+from sparse_engine.cli.common import Dtype
+from sparse_engine.hf.loading import parse_dtype, quiet_transformers
 
 
 @app.command(epilog="Example: sparse-engine merge opt-125m-2of4-sparse-lora --out opt-125m-2of4-tuned")

@@ -11,8 +11,9 @@ import torch
 import typer
 
 from sparse_engine.cli.app import app
-from sparse_engine.cli.common import parse_device, quiet_transformers
+from sparse_engine.cli.common import parse_device
 from sparse_engine.errors import InputError
+from sparse_engine.hf.loading import quiet_transformers
 from sparse_engine.progress import console_track
 
 

@@ -11,8 +11,9 @@ from typing import Annotated
 import typer
 
 from sparse_engine.cli.app import app
-from sparse_engine.cli.common import Backend, Device, Dtype, load_model, load_tokenizer, parse_device, parse_dtype, quiet_transformers
+from sparse_engine.cli.common import Backend, Device, Dtype, parse_device
 from sparse_engine.errors import InputError
+from sparse_engine.hf.loading import load_model, load_tokenizer, parse_dtype, quiet_transformers
 from sparse_engine.progress import console_track
 
 _MOST = 256
@@ -52,6 +53,8 @@ def summarize(
     rows = [{"file": str(file), **row} for file in files for row in read_documents(file)]
     if out is not None and not out.parent.is_dir():
         raise InputError(f"--out {out}: there is no directory {out.parent}")
+    if out is not None and out.is_dir():
+        raise InputError(f"--out {out} is a directory; give a file")
     quiet_transformers()
     with tempfile.TemporaryDirectory() as scratch:
         if model is None:

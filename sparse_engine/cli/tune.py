@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,8 +10,9 @@ import torch
 import typer
 
 from sparse_engine.cli.app import app
-from sparse_engine.cli.common import Regime, parse_device, parse_dtype, parse_rows, regime_rows, split_list
+from sparse_engine.cli.common import Regime, parse_device, parse_rows, regime_rows, split_list
 from sparse_engine.errors import InputError, KernelUnavailableError
+from sparse_engine.hf.loading import parse_dtype
 from sparse_engine.progress import console_track
 
 if TYPE_CHECKING:
@@ -91,8 +93,8 @@ def tune(
     place = parse_device(device)
     if place.type != "cuda":
         raise KernelUnavailableError("tuning measures GPU kernels: give --device cuda:0, not cpu")
-    if seconds <= 0:
-        raise InputError(f"--seconds must be more than 0, not {seconds}")
+    if not 0 < seconds < math.inf:
+        raise InputError(f"--seconds must be a number above 0, not {seconds}")
     wanted = _wanted(ckpt, split_list(models), split_list(patterns), dtype, parse_rows(rows) or regime_rows(regime))
     only = frozenset(split_list(kernels))
     for name in only:

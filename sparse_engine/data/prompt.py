@@ -57,7 +57,9 @@ def prompt_tokens(text: str, tokenizer: Any, max_text_tokens: int = 1024, max_le
             return ids
         max_text_tokens = min(max_text_tokens, len(ids)) - max(1, len(ids) - max_length)
         if max_text_tokens < 1:
-            raise InputError(f"a prompt of at most {max_length} tokens has no room for text: allow fewer new tokens")
+            raise InputError(
+                f"the model leaves {max(0, max_length)} tokens for a prompt, which has no room for text; allow fewer new tokens"
+            )
 
 
 def extract_summary(generated: str) -> str:

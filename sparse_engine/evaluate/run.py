@@ -17,9 +17,11 @@ from typing import Any
 import torch
 
 from sparse_engine.checkpoint import Checkpoint, resolve
+from sparse_engine.checkpoint.reader import content_digest
 from sparse_engine.checkpoint.writer import write_json
 from sparse_engine.data.files import read_documents
 from sparse_engine.data.pairs import Pair
+from sparse_engine.data.prompt import prompt_tokens
 from sparse_engine.errors import InputError
 from sparse_engine.evaluate.answer import answer_likelihood
 from sparse_engine.evaluate.bootstrap import mean_interval
@@ -30,7 +32,17 @@ from sparse_engine.evaluate.perplexity import window_perplexity
 from sparse_engine.evaluate.resources import MemoryMeter, model_size
 from sparse_engine.progress import Track, silent
 
-__all__ = ["GENERATION", "SCORES", "EvaluateSettings", "Loaded", "generate", "load_for_evaluation", "score", "text_perplexity"]
+__all__ = [
+    "GENERATION",
+    "SCORES",
+    "EvaluateSettings",
+    "Loaded",
+    "generate",
+    "load_for_evaluation",
+    "perplexity_text",
+    "score",
+    "text_perplexity",
+]
 
 GENERATION, SCORES = "generation.json", "scores.json"
 _WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
@@ -56,13 +68,19 @@ class EvaluateSettings:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model ready to run, with its tokenizer, how its linears are held, and the bytes that it takes on disk."""
+    """A model ready to run.
+
+    Attributes:
+        kind: how its linears are held.
+        digest: tells it from every other model; the same wherever its files lie.
+    """
 
     model: Any
     tokenizer: Any
     kind: str
     disk_nbytes: int
     meter: MemoryMeter
+    digest: str
 
 
 def load_for_evaluation(ckpt: str, settings: EvaluateSettings, device: torch.device, *, base: str | None = None) -> Loaded:
@@ -71,7 +89,7 @@ def load_for_evaluation(ckpt: str, settings: EvaluateSettings, device: torch.dev
     Raises:
         CheckpointError, InputError, KernelUnavailableError: it cannot be loaded or run.
     """
-    from sparse_engine.cli.common import load_model, load_tokenizer, parse_dtype
+    from sparse_engine.hf.loading import load_model, load_tokenizer, parse_dtype
     from sparse_engine.train.adapters import Adapter, is_adapter, load_adapter
 
     dtype = parse_dtype(settings.dtype)
@@ -84,14 +102,16 @@ def load_for_evaluation(ckpt: str, settings: EvaluateSettings, device: torch.dev
         model = load_adapter(adapter, device, packed=True, dtype=dtype)
         disk = Checkpoint(adapter.base).nbytes + sum(file.stat().st_size for file in adapter.path.glob("*.safetensors"))
         kind = f"adapter on {adapter.settings.bits}-bit" if adapter.settings.bits else "adapter"
-        return Loaded(model, tokenizer, kind, disk, meter)
+        return Loaded(model, tokenizer, kind, disk, meter, f"{content_digest(adapter.path)} on {content_digest(adapter.base)}")
+    if base is not None:
+        raise InputError(f"--base names an adapter's base, and {ckpt} is no adapter; leave it out")
     path = resolve(ckpt)
     tokenizer = load_tokenizer(path)
     meter = _fresh_meter(device)
     model = load_model(path, backend=settings.backend, dtype=dtype, device=device)
     checkpoint = Checkpoint(path)
     kind = "packed" if checkpoint.packed_layers else "dense"
-    return Loaded(model, tokenizer, kind, checkpoint.nbytes, meter)
+    return Loaded(model, tokenizer, kind, checkpoint.nbytes, meter, content_digest(path))
 
 
 def _fresh_meter(device: torch.device) -> MemoryMeter:
@@ -105,14 +125,21 @@ def generate(loaded: Loaded, pairs: Sequence[Pair], folder: Path, settings: Eval
     """Predictions and answer likelihoods of ``pairs`` into ``folder``; what is there already is kept. Gives generation.json's content.
 
     Raises:
-        InputError: the folder holds an evaluation made with other settings or of other examples.
+        InputError: the folder holds an evaluation of another model, made with other settings or of other examples.
     """
-    description = {"settings": asdict(settings), "examples": [pair.id for pair in pairs]}
-    found = _read(folder / GENERATION)
-    if found is not None:
-        if found["description"] != description:
-            raise InputError(f"{folder} holds an evaluation with other settings or examples; choose another --out")
+    description = {"model": loaded.digest, "settings": asdict(settings), "examples": [pair.id for pair in pairs]}
+    started = folder / (GENERATION + ".started")
+    for file in (folder / GENERATION, started):
+        found = _read(file)
+        if found is not None and found["description"] != description:
+            raise InputError(f"{folder} holds an evaluation of another model, or with other settings or examples; choose another --out")
+    if (found := _read(folder / GENERATION)) is not None:
         return found
+    # Refused here, before anything is written.
+    positions = int(loaded.model.config.max_position_embeddings)
+    prompt_tokens("A", loaded.tokenizer, settings.max_text_tokens, positions - settings.max_new_tokens)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(started, {"description": description})
     loaded.meter.restart()
     summaries = generate_summaries(
         loaded.model,
@@ -156,16 +183,25 @@ def generate(loaded: Loaded, pairs: Sequence[Pair], folder: Path, settings: Eval
         "answer_ppl": likelihood.ppl,
     }
     write_json(folder / GENERATION, result)
+    started.unlink()
     return result
 
 
-def text_perplexity(loaded: Loaded, source: str, *, length: int = 2048, track: Track = silent) -> float:
-    """Perplexity of a long text by the WikiText-2 protocol: a file, or "wikitext2" for its test split from the Hub.
+def perplexity_text(source: str) -> str:
+    """A long text to measure perplexity on: a file's, or for "wikitext2" the test split of WikiText-2 from the Hub.
 
     Raises:
-        InputError: the source cannot be read, or is shorter than one window.
+        InputError: the source cannot be read or reached.
     """
-    text = _wikitext() if source == "wikitext2" else "\n\n".join(row["text"] for row in read_documents(Path(source)))
+    return _wikitext() if source == "wikitext2" else "\n\n".join(row["text"] for row in read_documents(Path(source)))
+
+
+def text_perplexity(loaded: Loaded, text: str, *, length: int = 2048, track: Track = silent) -> float:
+    """Perplexity of a long text by the WikiText-2 protocol, over windows of ``length`` tokens or of the model's positions.
+
+    Raises:
+        InputError: the text is shorter than one window.
+    """
     ids = torch.tensor(loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     length = min(length, int(loaded.model.config.max_position_embeddings))
     return window_perplexity(loaded.model, ids, length, track=track).ppl

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.opt.configuration_opt import OPTConfig
+from transformers.models.opt.modeling_opt import OPTForCausalLM
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -23,7 +25,16 @@ from sparse_engine.linear import SparseLinear
 from sparse_engine.pattern import SparsityPattern
 from sparse_engine.value_types import PLAIN
 
-__all__ = ["QUANT_METHOD", "VERSION", "LayerEntry", "SparseEngineConfig", "SparseEngineQuantizer", "check_kernels", "sparse_linears"]
+__all__ = [
+    "QUANT_METHOD",
+    "VERSION",
+    "LayerEntry",
+    "SparseEngineConfig",
+    "SparseEngineQuantizer",
+    "check_dense",
+    "check_kernels",
+    "sparse_linears",
+]
 
 QUANT_METHOD = "sparse_engine"
 VERSION = 1
@@ -249,6 +260,17 @@ def _devices(device_map: Any) -> list[torch.device]:
     return [torch.device(device_map)]
 
 
+def check_dense(checkpoint: Checkpoint) -> None:
+    """Compare a dense checkpoint's headers with its config: transformers would fill up what is missing at random.
+
+    Raises:
+        CheckpointError: a tensor is missing, or has another shape or type than the config implies.
+    """
+    settings = OPTConfig(**checkpoint.family.dense_config(checkpoint.config))
+    with torch.device("meta"):
+        _check_headers(OPTForCausalLM(settings), checkpoint)
+
+
 def _check_headers(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Compare every tensor that the model needs with the files' headers, before anything is allocated.
 
@@ -272,11 +294,12 @@ def _check_headers(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
             )
 
 
-def check_kernels(layers: Iterable[tuple[str, PackedWeight]], backend: str | None, device_map: Any) -> None:
+def check_kernels(layers: Iterable[tuple[str, PackedWeight]], backend: str | None, device_map: Any, *, option: str = "device_map=") -> None:
     """Ask the registry for every kernel that :meth:`SparseLinear.plan` will want, before weights are read or pruned.
 
     Args:
         layers: names and descriptions; their tensors are not looked at.
+        option: what the caller's user chooses the device by.
 
     Raises:
         InputError: no kernel has the forced backend's name, or ``device_map`` offloads to disk.
@@ -294,5 +317,5 @@ def check_kernels(layers: Iterable[tuple[str, PackedWeight]], backend: str | Non
                 try:
                     registry.select(problem, backend)
                 except KernelUnavailableError as error:
-                    hint = "; device_map= chooses the device that the model loads onto" if backend else ""
+                    hint = f"; {option} chooses the device that the model loads onto" if backend else ""
                     raise KernelUnavailableError(f"{name} on {device}: {error}{hint}") from None

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from sparse_engine.cli.common import quiet_transformers
 from sparse_engine.errors import SparseEngineError
+from sparse_engine.hf.loading import quiet_transformers
 from sparse_engine.progress import console_track
 from sparse_engine.study.graph import Graph
 from sparse_engine.study.parallel import find_stage

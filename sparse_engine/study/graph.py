@@ -15,6 +15,7 @@ from typing import Any
 
 import sparse_engine
 from sparse_engine.checkpoint import resolve
+from sparse_engine.checkpoint.reader import content_digest
 from sparse_engine.data.pairs import Pair, load_pairs
 from sparse_engine.errors import InputError
 from sparse_engine.study.recipe import SPLITS, Recipe, Row, Source
@@ -111,7 +112,7 @@ class Graph:
     def _model(self, name: str) -> Stage:
         if name not in self._models:
             path = resolve(self.recipe.models[name])
-            self._models[name] = Stage("model", _content(path), {}, {}, model=str(path))
+            self._models[name] = Stage("model", content_digest(path), {}, {}, model=str(path))
         return self._models[name]
 
 
@@ -126,15 +127,6 @@ def fingerprint(pairs: list[Pair]) -> str:
     digest = hashlib.sha256()
     for pair in pairs:
         digest.update(json.dumps([pair.text, pair.summary]).encode())
-    return digest.hexdigest()[:16]
-
-
-def _content(path: Path) -> str:
-    """Hash of a checkpoint's config and weights."""
-    digest = hashlib.sha256()
-    for file in [path / "config.json", *sorted(path.glob("*.safetensors"))]:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:16]
 
 

@@ -63,7 +63,8 @@ def run_study(
         raise InputError(f"{jobs} jobs share one device and {processes} processes spread one job over several: use one of the two")
     place = torch.device(device)
     finished = out / "rows"
-    finished.mkdir(parents=True, exist_ok=True)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; choose another --out")
     if score_only:
         for name in chosen:
             _score_found(recipe, recipe.rows[name], out, track)
@@ -83,6 +84,7 @@ def run_study(
                 stages.ensure(graph.evaluation(row))
                 continue
             stages.ensure(graph.scores(row))
+            finished.mkdir(parents=True, exist_ok=True)
             write_json(finished / f"{name}.json", row_result(row, graph, stages, examples=recipe.examples))
         if failed:
             raise SparseEngineError("; ".join(failed.values()))
@@ -100,5 +102,6 @@ def _score_found(recipe: Recipe, row: Row, out: Path, track: Track) -> None:
         stages = Stages(graph, out / "stages", torch.device("cpu"), 1, track)
         if stages.has(graph.evaluation(row)):
             stages.ensure(graph.scores(row))
+            (out / "rows").mkdir(exist_ok=True)
             write_json(out / "rows" / f"{row.id}.json", row_result(row, graph, stages, examples=recipe.examples))
             return

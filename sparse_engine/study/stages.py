@@ -121,7 +121,7 @@ class Stages:
 
     def _calibration(self, settings: dict[str, Any], checkpoint: Path) -> list[torch.Tensor]:
         from sparse_engine.checkpoint import Checkpoint
-        from sparse_engine.cli.common import load_tokenizer
+        from sparse_engine.hf.loading import load_tokenizer
 
         tokenizer = load_tokenizer(checkpoint)
         read = Checkpoint(checkpoint)
@@ -136,7 +136,7 @@ class Stages:
         return windows(texts, tokenizer, rng=rng, what="the training data", **sampling)
 
     def _finetune(self, stage: Stage, folder: Path) -> dict[str, Any]:
-        from sparse_engine.cli.common import parse_dtype
+        from sparse_engine.hf.loading import parse_dtype
         from sparse_engine.train.finetune import RECORD, finetune
         from sparse_engine.train.settings import FinetuneSettings
 

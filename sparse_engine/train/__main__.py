@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from sparse_engine.cli.common import parse_dtype, quiet_transformers
 from sparse_engine.data.pairs import load_pairs
 from sparse_engine.errors import SparseEngineError
+from sparse_engine.hf.loading import parse_dtype, quiet_transformers
 from sparse_engine.progress import console_track
 from sparse_engine.train.finetune import finetune
 from sparse_engine.train.settings import FinetuneSettings

@@ -52,7 +52,7 @@ def teacher_pairs(
 
 
 def _loaded(teacher: Path, device: torch.device) -> Any:
-    from sparse_engine.cli.common import load_model
+    from sparse_engine.hf.loading import load_model
 
     dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     return load_model(teacher, backend=None, dtype=dtype, device=device)

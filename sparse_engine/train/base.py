@@ -46,7 +46,11 @@ def load_dense(path: Path, dtype: torch.dtype = torch.float32) -> Any:
     """An ``OPTForCausalLM`` with the checkpoint's (masked) dense weights in ``dtype`` on the CPU."""
     from transformers import OPTForCausalLM
 
-    if Checkpoint(path).kind == "dense":
+    from sparse_engine.hf.quantizer import check_dense
+
+    checkpoint = Checkpoint(path)
+    if checkpoint.kind == "dense":
+        check_dense(checkpoint)
         return OPTForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
     from sparse_engine.hf import SparseOPTForCausalLM
 
@@ -94,7 +98,11 @@ def load_quantised(path: Path, bits: int, device: torch.device) -> Any:
 
 @contextmanager
 def _dense_directory(path: Path) -> Iterator[Path]:
-    if Checkpoint(path).kind == "dense":
+    checkpoint = Checkpoint(path)
+    if checkpoint.kind == "dense":
+        from sparse_engine.hf.quantizer import check_dense
+
+        check_dense(checkpoint)
         yield path
         return
     with tempfile.TemporaryDirectory() as scratch:

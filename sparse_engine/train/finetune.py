@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from sparse_engine.checkpoint import Checkpoint, resolve
-from sparse_engine.checkpoint.writer import copy_side_files, publish, write_json
+from sparse_engine.checkpoint.writer import check_target, copy_side_files, publish, write_json
 from sparse_engine.data.encode import encode_pairs
 from sparse_engine.data.pairs import Pair
 from sparse_engine.errors import InputError, SparseEngineError
@@ -47,6 +47,21 @@ class FinetuneReport:
     trained_parameters: int
 
 
+def check_request(source: str, settings: FinetuneSettings, teacher: str | None) -> None:
+    """Refuse what can be refused before any example is read.
+
+    Raises:
+        InputError: a package is missing, or settings do not fit together.
+        CheckpointError: ``source`` or ``teacher`` cannot be used.
+    """
+    if importlib.util.find_spec("accelerate") is None:
+        raise InputError("fine-tuning needs the accelerate package: pip install 'sparse-engine[train]'")
+    if settings.answers != "reference" and teacher is None:
+        raise InputError(f"--answers {settings.answers} needs a --teacher to write them")
+    for one in (source, *([teacher] if teacher else [])):
+        Checkpoint(resolve(one))
+
+
 def finetune(
     source: str,
     out: Path,
@@ -72,20 +87,18 @@ def finetune(
         dtype: stored type of a written checkpoint; default: the source's.
 
     Raises:
-        InputError: the method does not suit the checkpoint, settings or data cannot be used, or ``out`` exists.
+        InputError: the method does not suit the checkpoint, settings or data cannot be used, or ``out`` exists or must not be
+            replaced.
         SparseEngineError: the loss became NaN, or a mask was lost.
     """
-    if out.exists() and not overwrite:
-        raise InputError(f"{out} exists; choose another --out or pass --overwrite")
+    check_target(out, overwrite=overwrite)
     if not train or not validation:
         raise InputError(f"fine-tuning needs training and validation examples, got {len(train)} and {len(validation)}")
-    if importlib.util.find_spec("accelerate") is None:
-        raise InputError("fine-tuning needs the accelerate package: pip install 'sparse-engine[train]'")
-    if settings.answers != "reference" and teacher is None:
-        raise InputError(f"--answers {settings.answers} needs a --teacher to write them")
+    check_request(source, settings, teacher)
     started = time.monotonic()
     path = resolve(source)
     checkpoint = Checkpoint(path)
+    check_target(out, overwrite=overwrite, reads=[path, *([resolve(teacher)] if teacher else [])])
     masks = _suited_masks(checkpoint, settings)
     work = out.with_name(out.name + ".partial")
     description = {
@@ -95,7 +108,7 @@ def finetune(
         "data": _fingerprint(train, validation),
     }
     place = _own_device(torch.device(device))
-    from sparse_engine.cli.common import load_tokenizer
+    from sparse_engine.hf.loading import load_tokenizer
     from sparse_engine.train.run import build_trainer, train_with_resume
 
     tokenizer = load_tokenizer(path)

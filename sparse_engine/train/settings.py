@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -92,10 +93,15 @@ class FinetuneSettings:
                 raise InputError(f"{name} {getattr(self, name)!r} is unknown: use {', '.join(str(k) for k in known if k is not None)}")
         positive = ("epochs", "learning_rate", "batch_size", "accumulate", "evaluations", "rank", "alpha", "distill_temperature")
         for name in (*positive, "max_text_tokens", "max_summary_tokens", "text_windows"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("warmup", "lora_dropout", "distill_weight"):
-            if not 0 <= getattr(self, name) <= 1:
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be a number above 0, got {getattr(self, name)}")
+        for name in ("weight_decay", "max_grad_norm", "distill_hidden", "patience"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be a number from 0 on, got {getattr(self, name)}")
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise InputError(f"max_steps must be -1 or above 0, got {self.max_steps}")
+        for name in ("warmup", "model_dropout", "lora_dropout", "distill_weight"):
+            if not 0 <= (getattr(self, name) or 0) <= 1:
                 raise InputError(f"{name} must lie from 0 to 1, got {getattr(self, name)}")
         if self.bits and self.method not in ("qlora", "sparse-lora"):
             raise InputError(f"--bits {self.bits} quantises a frozen base under adapters; {self.method} trains the base itself")

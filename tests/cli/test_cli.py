@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from transformers import OPTForCausalLM
 
 from sparse_engine import SparseLinear, registry
 from sparse_engine.cli import main
+from sparse_engine.errors import KernelUnavailableError
+from sparse_engine.hf.loading import load_model
 
 ENTRY = [sys.executable, "-c", "from sparse_engine.cli import main; main()"]
 COMMANDS = ("convert", "demo", "generate", "inspect", "summarize")
@@ -154,6 +157,28 @@ def test_generate_runs_the_backend_asked_for(cli, packed: Path, monkeypatch: pyt
     assert kernels == {"reference"}
 
 
+def test_a_backend_is_asked_for_the_device_that_the_model_moves_to(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Elsewhere(type(registry.get("reference"))):  # type: ignore[misc]
+        name = "elsewhere"
+        devices = frozenset({"meta"})
+
+    monkeypatch.setitem(registry._KERNELS, "elsewhere", Elsewhere())
+    model = load_model(packed, backend="elsewhere", dtype=None, device=torch.device("meta"))
+    layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    assert [layer.backend for layer in layers] == ["elsewhere"] * 12
+    assert all(layer.values.is_meta for layer in layers)
+    with pytest.raises(KernelUnavailableError, match=r"runs on meta, not cpu; --device chooses the device"):
+        load_model(packed, backend="elsewhere", dtype=None, device=torch.device("cpu"))
+
+
+@pytest.mark.gpu
+def test_generate_on_a_gpu_by_a_forced_backend(cli, packed: Path) -> None:
+    options = ("--prompt", "A", "--device", "cuda", "--dtype", "bf16", "--max-new-tokens", 2)
+    for backend in ("reference", "cuda_nm"):
+        done = cli("generate", packed, *options, "--backend", backend)
+        assert done.code == 0, done.err
+
+
 def test_inspect_prints_a_line_per_layer_and_why(cli, packed: Path) -> None:
     result = cli("inspect", packed, "--verify", "--why", "layers.0.fc1", "--device", "cpu")
     assert result.code == 0, result.err
@@ -271,11 +296,24 @@ def _pickled(source: Path, target: Path) -> Path:
     return target
 
 
+def _config(text: str) -> Callable[[Path, Path], Path]:
+    def make(source: Path, target: Path) -> Path:
+        (_copy(source, target) / "config.json").write_text(text)
+        return target
+
+    return make
+
+
 BAD_CHECKPOINTS = {
     "missing": (lambda source, target: target, "there is no checkpoint directory"),
     "truncated": (_truncated, "truncated"),
     "another architecture": (lambda source, target: _copy(source, target, model_type="llama"), "llama"),
     "pickled": (_pickled, "pickled weights can run code"),
+    "no tensors for a layer": (lambda source, target: _copy(source, target, num_hidden_layers=3), "layers.2.self_attn"),
+    "layers of another width": (lambda source, target: _copy(source, target, ffn_dim=256), "where "),
+    "a size that is text": (lambda source, target: _copy(source, target, hidden_size="wide"), "hidden_size must be a whole number"),
+    "a config that is a list": (_config("[]"), "holds no JSON object"),
+    "a config cut short": (_config("{"), "is no valid JSON"),
 }
 
 
@@ -306,6 +344,18 @@ def test_an_existing_result_is_kept_unless_overwrite_is_given(cli, tiny_opt: Pat
     assert (tmp_path / "there" / "model.safetensors").exists()
 
 
+def test_overwrite_does_not_replace_what_is_read(cli, tiny_opt: Path, tmp_path: Path) -> None:
+    _copy(tiny_opt, tmp_path / "folder" / "opt")
+    before = (tmp_path / "folder" / "opt" / "model.safetensors").read_bytes()
+    for out in ("folder/opt", "folder", "folder/opt/../opt"):
+        result = cli("convert", "folder/opt", "--nm", "2:4", "--pruner", "magnitude", "--out", out, "--overwrite")
+        _refused(result, "--overwrite would replace folder/opt, which is read")
+    (tmp_path / "file").write_text("keep")
+    _refused(cli("convert", "folder/opt", "--nm", "2:4", "--pruner", "magnitude", "--out", "file", "--overwrite"), "file is a file")
+    assert (tmp_path / "folder" / "opt" / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
 def test_what_a_packed_checkpoint_cannot_be_asked(cli, packed: Path, tiny_opt: Path, tmp_path: Path) -> None:
     _refused(cli("convert", packed, "--nm", "2:4"), "is packed already")
     _refused(cli("inspect", packed, "--why", "layers.9.fc1"), "matches 0 packed layers")
@@ -315,16 +365,27 @@ def test_what_a_packed_checkpoint_cannot_be_asked(cli, packed: Path, tiny_opt: P
     assert list(tmp_path.iterdir()) == []
 
 
-def test_generate_and_summarize_refuse_bad_text(cli, packed: Path, tmp_path: Path) -> None:
+def test_generate_and_summarize_refuse_bad_text(cli, packed: Path, tmp_path: Path, tmp_path_factory) -> None:
     _refused(cli("generate", packed), "--prompt TEXT or --prompt-file FILE")
     _refused(cli("generate", packed, "--prompt", "A", "--prompt-file", "b"), "one of the two")
     _refused(cli("generate", packed, "--prompt", ""), "the prompt is empty")
     _refused(cli("generate", packed, "--prompt-file", "absent.txt"), "absent.txt: No such file")
     _refused(cli("generate", packed, "--prompt", "A", "--max-new-tokens", 4000), "exceeds the model's 128 positions")
-    _refused(cli("generate", packed, "--prompt", "A", "--temperature", 0), "--temperature must be above 0")
+    _refused(cli("generate", packed, "--prompt", "A", "--temperature", 0), "--temperature must be a number above 0")
+    _refused(cli("generate", packed, "--prompt", "A", "--temperature", "nan"), "--temperature must be a number above 0")
     _refused(cli("generate", packed, "--prompt", "A", "--top-p", 2), "--top-p")
+    _refused(cli("generate", packed, "--prompt", "A", "--seed", 2**70), "'--seed'")
+    _refused(cli("inspect", packed, "--why", ""), "matches 0 packed layers")
     _refused(cli("summarize", "absent.txt"), "absent.txt: No such file")
     _refused(cli("summarize"), "Missing argument")
+    text = tmp_path_factory.mktemp("text") / "bill.txt"
+    text.write_text(TEXT)
+    _refused(cli("summarize", text, "--out", packed), "is a directory; give a file")
+    _refused(cli("demo", "--out", packed), "exists; choose another --out")
+    _refused(cli("demo", "--json", packed), "is a directory; give a file")
+    for value in (0, -1, "nan", "inf"):
+        _refused(cli("bench", "--device", "cpu", "--seconds", value), "--seconds must be a number above 0")
+    _refused(cli("bench", "--device", "cpu", "--out", packed / "config.json"), "is or lies in a file")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from checkpoints import TEXT, make_tiny_opt
 
+EVAL = ("--data", "{bills}", "--text-column", "body")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -55,6 +57,23 @@ def test_a_pruned_model_is_trained_merged_and_measured(cli, model: Path, bills: 
     assert texts[0] == texts[1]
 
 
+def test_an_evaluation_is_of_one_model_alone(cli, model: Path, bills: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = make_tiny_opt(tmp_path / "other", max_position_embeddings=512, num_hidden_layers=1)
+    common = ("--data", bills, "--text-column", "body", "--out", "scores", "--max-new-tokens", 4, "--max-text-tokens", 40, "--no-score")
+    monkeypatch.setattr("sparse_engine.evaluate.run.answer_likelihood", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli("eval", model, *common)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    # The unfinished folder is not gone on with by another model, and the finished one is not taken for another's.
+    for _ in range(2):
+        refused = cli("eval", other, *common)
+        assert refused.code == 2
+        assert "scores holds an evaluation of another model" in refused.err
+        assert cli("eval", model, *common).code == 0
+    assert sorted(path.name for path in Path("scores").iterdir()) == ["generation.json", "predictions.jsonl"]
+
+
 def _text(bills: Path) -> Path:
     path = bills.with_name("long.txt")
     path.write_text(TEXT * 20)
@@ -72,6 +91,16 @@ def _text(bills: Path) -> Path:
         (("finetune", "{model}", "--method", "fool"), "method 'fool' is unknown"),
         (("merge", "{model}"), "is no adapter"),
         (("eval", "{model}", "--data", "{bills}", "--out", "o", "--metrics", "bleu"), "no metric 'bleu'"),
+        (("eval", "{model}", *EVAL, "--out", "o", "--perplexity", "absent.txt"), "absent.txt: No such"),
+        (("eval", "{model}", *EVAL, "--out", "o", "--max-new-tokens", "999"), "no room for text"),
+        (("eval", "{model}", *EVAL, "--out", "o", "--base", "{model}"), "is no adapter; leave it out"),
+        (("eval", "{model}", *EVAL, "--out", "{bills}"), "is a file; give a directory"),
+        (("finetune", "./no/where", "--method", "full", "--train", "{bills}", "--validation", "{bills}"), "no checkpoint directory"),
+        (("finetune", "{model}", "--method", "full", "--patience", "-1"), "patience must be a number from 0 on"),
+        (("finetune", "{model}", "--method", "full", "--max-steps", "0"), "max_steps must be -1 or above 0"),
+        (("finetune", "{model}", "--method", "full", "--dropout", "2"), "model_dropout must lie from 0 to 1"),
+        (("finetune", "{model}", "--method", "full", "--lr", "inf"), "learning_rate must be a number above 0"),
+        (("study", "smoke", "--report", "--out", "o"), "no row of the recipe is finished yet"),
         (("score", "nowhere"), "generate first"),
         (("study", "nothing"), "there is no recipe nothing"),
         (("study", "smoke", "--rows", ","), "--rows is empty"),

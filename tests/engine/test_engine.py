@@ -13,10 +13,10 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from sparse_engine import EngineOPTForCausalLM, SparseOPTForCausalLM
-from sparse_engine.cli.common import load_tokenizer
 from sparse_engine.engine.generation import VARIABLE
 from sparse_engine.engine.runner import runner_for
 from sparse_engine.errors import InputError
+from sparse_engine.hf.loading import load_tokenizer
 
 DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)]
 MODELS = ("dense", "2:4", "0.5", "post-norm")

@@ -318,7 +318,7 @@ def test_methods_that_do_not_suit_the_checkpoint_are_refused(dense: Path, pruned
         ({"method": "lora"}, "method 'lora' is unknown: use full, qlora, sparse-lora, sparse-full"),
         ({"bits": 3}, "bits 3 is unknown: use 0, 4, 8"),
         ({"bits": 8}, "quantises a frozen base under adapters; full trains the base itself"),
-        ({"epochs": 0}, "epochs must be above 0"),
+        ({"epochs": 0}, "epochs must be a number above 0"),
         ({"distill_weight": 2}, "distill_weight must lie from 0 to 1"),
         ({"learning_rat": 1}, "no setting 'learning_rat'"),
         ({"epochs": "many"}, "wrong type"),
