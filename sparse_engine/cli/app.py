@@ -60,7 +60,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         # The command-line library's own errors (unknown option, missing argument), whose class differs between its versions.
         if not hasattr(error, "format_message"):
             raise
-        return _fail(f"{error.format_message()} See --help.")
+        return _fail(f"{error.format_message().rstrip('.')}. See --help.")
     if code == 130:
         typer.echo("sparse-engine: interrupted", err=True)
     return int(code or 0)

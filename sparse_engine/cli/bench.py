@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -65,8 +66,9 @@ def bench(
         registry.get(backend)
     named = {"models": models, "layers": layers, "patterns": patterns, "dtypes": dtypes}
     chosen: dict[str, Any] = {name: split_list(given) for name, given in named.items()} | {"rows": parse_rows(rows) or regime_rows(regime)}
-    if budget is not None and budget <= 0:
-        raise InputError(f"--budget must be more than 0, not {budget}")
+    for option, value in (("--seconds", seconds), ("--budget", budget)):
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"{option} must be a number above 0, not {value}")
     suite = Suite(
         **{name: tuple(given) for name, given in chosen.items() if given},
         shapes=tuple(_shape(text) for text in split_list(shape)),
@@ -79,6 +81,8 @@ def bench(
             raise InputError(f"--threads must be 1 or more, not {threads}")
         torch.set_num_threads(threads)
     folder = out or Path("bench/results") / (device_name() if place.type == "cuda" else f"cpu-{microarchitecture()}")
+    if any(part.is_file() for part in (folder, *folder.parents)):
+        raise InputError(f"--out {folder} is or lies in a file; give a directory")
     path = folder / f"{run.name_of(suite, place)}.json"
     content = run.run(
         suite,

@@ -203,7 +203,7 @@ def inspect(
     from sparse_engine.convert.pipeline import verify as run_verify
 
     checkpoint = Checkpoint(resolve(ckpt))
-    reasons = _why(checkpoint, why, place) if why else {}
+    reasons = {} if why is None else _why(checkpoint, why, place)
     layers = list(_layers(checkpoint, place))
     if verify:
         run_verify(checkpoint, track=console_track)
