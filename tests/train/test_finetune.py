@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXT, make_tiny_opt
+from checkpoints import TEXT, make_tiny_opt
 from transformers import AutoTokenizer, OPTForCausalLM
 
 from sparse_engine.checkpoint import Checkpoint

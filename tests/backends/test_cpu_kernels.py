@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 from collections.abc import Iterator
 
 import pytest
 import torch
+from cpu_products import LEVELS, TOLERANCE, Fenced, library_arguments, nm, random_keep
 from torch import Tensor
 
 from sparse_engine import Mask, PackedWeight, SparseLinear, SparsityPattern, formats, native, registry
@@ -18,9 +18,7 @@ pytestmark = pytest.mark.skipif(
     reason=f"the native library cannot be used: it {native._load()}" if isinstance(native._load(), str) else "",
 )
 
-LEVELS = native.supported_isas() if not isinstance(native._load(), str) else []
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 ROWS = [0, 1, 2, 3, 5, 7, 8, 9, 17, 129]
 
 # (out_features, in_features) by what is awkward about them; each N:M takes those that its M divides.
@@ -54,14 +52,6 @@ def threads(request: pytest.FixtureRequest, one_thread: None) -> int:
     return request.param
 
 
-def random_keep(pattern: SparsityPattern, shape: tuple[int, int]) -> Tensor:
-    if not pattern.is_nm:
-        return torch.rand(shape) < pattern.density
-    n, m = pattern.group
-    kept = torch.rand(shape[0], shape[1] // m, m).topk(n, dim=-1).indices
-    return torch.zeros(shape[0], shape[1] // m, m, dtype=torch.bool).scatter_(-1, kept, True).view(shape)
-
-
 def pack(pattern: str | SparsityPattern, shape: tuple[int, int], dtype: torch.dtype, keep: Tensor | None = None) -> PackedWeight:
     parsed = SparsityPattern.parse(pattern) if isinstance(pattern, str) else pattern
     mask = Mask(parsed, random_keep(parsed, shape) if keep is None else keep)
@@ -84,15 +74,6 @@ def assert_close(actual: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
     scale = float(wanted.norm())
     error = float((actual.double() - wanted).norm())
     assert error <= TOLERANCE[dtype] * scale, f"relative error {error / scale if scale else error:.2e}"
-
-
-def library_arguments(packed: PackedWeight) -> tuple[Tensor | None, ...]:
-    """values, scales, bitmask, row_offsets: in the order of the library's functions."""
-    return tuple(packed.tensors.get(name) for name in ("values", "scales", "bitmask", "row_offsets"))
-
-
-def nm(packed: PackedWeight) -> tuple[int, int]:
-    return packed.pattern.n or 0, packed.pattern.m or 0
 
 
 def native_product(x: Tensor, packed: PackedWeight, bias: Tensor | None, threads: int) -> Tensor:
@@ -296,32 +277,6 @@ def test_expanded_tiles_are_exact(pattern: str, shape: tuple[int, int], dtype: t
             assert torch.equal(out, dense[begin:end].to(out_dtype))
             assert torch.isnan(whole[:16]).all()
             assert torch.isnan(whole[-16:]).all()
-
-
-class Fenced:
-    """Memory that ends at an inaccessible page: one byte too far ends the process."""
-
-    def __init__(self) -> None:
-        self.libc = ctypes.CDLL(None, use_errno=True)
-        self.maps: list[tuple[mmap.mmap, int]] = []
-
-    def place(self, tensor: Tensor) -> Tensor:
-        """A copy of ``tensor`` whose last byte is the last one that may be touched."""
-        page = mmap.PAGESIZE
-        size = tensor.numel() * tensor.element_size()
-        pages = -(-size // page) + 1
-        memory = mmap.mmap(-1, pages * page)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        if self.libc.mprotect(ctypes.c_void_p(address + (pages - 1) * page), page, 0) != 0:
-            raise OSError(ctypes.get_errno(), "mprotect")
-        self.maps.append((memory, address + (pages - 1) * page))
-        copy = torch.frombuffer(memory, dtype=torch.uint8)[(pages - 1) * page - size : (pages - 1) * page]
-        copy.copy_(tensor.contiguous().view(torch.uint8).flatten() if tensor.numel() else tensor.new_empty(0, dtype=torch.uint8))
-        return copy.view(tensor.dtype).view(tensor.shape)
-
-    def open(self) -> None:
-        for _, fence in self.maps:
-            self.libc.mprotect(ctypes.c_void_p(fence), mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 @pytest.mark.skipif(not hasattr(mmap, "PROT_READ"), reason="needs mprotect")

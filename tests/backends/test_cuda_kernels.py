@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 import re
-import shutil
-import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from products import expected_product, random_keep, relative_error
+from cuda_products import A100, H200, KERNEL_OF, TOLERANCE, make_packed, nvcc
+from products import expected_product, relative_error
 from torch import Tensor
 
 from sparse_engine import cuda, formats, registry
@@ -25,10 +24,6 @@ from sparse_engine.mask import Mask
 from sparse_engine.pattern import SparsityPattern
 from sparse_engine.tuning import Measured
 
-H200 = cuda_decode.Gpu("NVIDIA H200", "sm_90a", 132, True, 232448)
-A100 = cuda_decode.Gpu("NVIDIA A100-SXM4-80GB", "sm_80", 108, False, 166912)
-TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
-KERNEL_OF = {"2:4": "cuda_nm", "4:8": "cuda_nm", "0.5": "cuda_unstructured", "0.7": "cuda_unstructured"}
 SHAPES = {
     "2:4": [(16, 256), (33, 260), (1, 4), (48, 768), (200, 1028)],
     "4:8": [(16, 256), (33, 264), (1, 8), (48, 768), (200, 1032)],
@@ -36,23 +31,6 @@ SHAPES = {
     "0.7": [(40, 300), (17, 2049)],
 }
 CASES = [(pattern, shape) for pattern, shapes in SHAPES.items() for shape in shapes]
-
-
-def make_packed(pattern: str, shape: tuple[int, int], dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> PackedWeight:
-    """A random weight with awkward entries: a zero row, -0.0 and kept zeros."""
-    generator = torch.Generator().manual_seed(seed)
-    parsed = SparsityPattern.parse(pattern)
-    weight = torch.randn(shape, generator=generator)
-    if parsed.is_nm:
-        keep = random_keep(shape, parsed, generator)
-    else:
-        keep = torch.rand(shape, generator=generator) >= (parsed.sparsity or 0)
-        # A dense block beside an empty one, so that lanes of a tile have streams of very different lengths.
-        keep[: shape[0] // 3, : shape[1] // 2] = True
-        keep[: shape[0] // 3, shape[1] // 2 :] = False
-    weight[shape[0] // 2] = 0.0
-    weight[torch.rand(shape, generator=generator) < 0.05] = -0.0
-    return formats.for_pattern(parsed).pack(weight.to(dtype), Mask(parsed, keep)).to(device)
 
 
 def op_call(
@@ -163,19 +141,6 @@ def problem_of(pattern: str, shape: tuple[int, int], m: int) -> registry.Problem
     parsed = SparsityPattern.parse(PATTERN_OF[pattern])
     fmt = formats.for_pattern(parsed)
     return registry.Problem.of(PackedWeight(fmt.name, fmt.version, parsed, shape, torch.bfloat16, {}), m, torch.device("cpu"))
-
-
-def nvcc(arch: str, file: str, macros: Mapping[str, int], folder: Path) -> str:
-    """What the assembler says of a source's registers; skips where there is no compiler."""
-    if (found := shutil.which("nvcc")) is None:
-        pytest.skip("no nvcc on the PATH; the kernels are compiled by NVRTC where a GPU is")
-    target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-    source = cuda.source_folder() / file
-    options = ["-std=c++17", "-cubin", "-Xptxas", "-v", "-I", str(source.parent / "include"), "-o", str(folder / "out.cubin")]
-    command = [found, target, *options, str(source)]
-    result = subprocess.run([*command, *(f"-D{k}={v}" for k, v in macros.items())], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stderr
 
 
 STREAMED = [

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import products
 import pytest
 
 PRODUCTS = """
@@ -79,7 +80,7 @@ def test_decode_kernels_are_clean(file: str, patterns: str, tiles: list[tuple[in
     # Kernels of the libraries are the libraries' affair.
     filters = [argument for name in ("decode", "arrange") for argument in ("--kernel-regex", f"kns={name}")]
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *filters, sys.executable, "-c", PRODUCTS, file, patterns, repr(tiles)]
-    folders = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    folders = [str(Path(products.__file__).parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
     found = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=240)
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-2000:]

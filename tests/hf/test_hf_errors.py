@@ -186,7 +186,7 @@ def test_backend_that_cannot_run_is_refused_before_weights_are_read(
 
 
 def test_pattern_that_does_not_divide(tmp_path: Path) -> None:
-    from conftest import make_tiny_opt
+    from checkpoints import make_tiny_opt
 
     make_tiny_opt(tmp_path, hidden_size=68, word_embed_proj_dim=68)
     with pytest.raises(InputError, match="68 input columns, which 4:8 cannot divide"):

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXT, Result
+from checkpoints import TEXT
+from command_line import Result
 from safetensors.torch import load_file
 from transformers import OPTForCausalLM
 
@@ -288,7 +289,7 @@ def test_bad_checkpoints_are_refused_by_every_command(cli, tiny_opt: Path, tmp_p
 
 
 def test_a_shape_that_m_does_not_divide_is_named(cli, tmp_path: Path, tmp_path_factory) -> None:
-    from conftest import make_tiny_opt
+    from checkpoints import make_tiny_opt
 
     odd = make_tiny_opt(tmp_path_factory.mktemp("odd") / "opt", hidden_size=36, word_embed_proj_dim=36)
     _refused(cli("convert", odd, "--nm", "2:8"), "has 36 input columns, which 2:8 cannot divide")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXT, make_tiny_opt
+from checkpoints import TEXT, make_tiny_opt
 
 from sparse_engine.errors import InputError, SparseEngineError
 from sparse_engine.progress import silent

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_products import A100, H200, KERNEL_OF, TOLERANCE, make_packed, nvcc
 from products import expected_product, relative_error
-from test_cuda_kernels import A100, H200, KERNEL_OF, TOLERANCE, make_packed, nvcc
 
 from sparse_engine import cuda, registry, tuning
 from sparse_engine.backends import cuda_prefill, cuda_prefill_expand, cuda_unstructured

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_products import nvcc
 from products import relative_error
-from test_cuda_kernels import nvcc
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.generation import logits_process

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_products import H200, TOLERANCE, make_packed, nvcc
 from products import expected_product, relative_error
-from test_cuda_kernels import H200, TOLERANCE, make_packed, nvcc
 
 from sparse_engine import cuda, registry
 from sparse_engine.backends import cuda_prefill_wgmma

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import TEXT, make_tiny_opt
+from checkpoints import TEXT, make_tiny_opt
 
 
 @pytest.fixture(scope="module")

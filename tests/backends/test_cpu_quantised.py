@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_cpu_kernels import LEVELS, TOLERANCE, Fenced, library_arguments, nm, random_keep
+from cpu_products import LEVELS, TOLERANCE, Fenced, library_arguments, nm, random_keep
 from torch import Tensor
 
 from sparse_engine import Mask, PackedWeight, SparseLinear, SparsityPattern, formats, native, registry, value_types

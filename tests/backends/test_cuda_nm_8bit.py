@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_products import H200, nvcc
 from products import random_keep, relative_error
-from test_cuda_kernels import H200, nvcc
 
 from sparse_engine import cuda, formats, registry
 from sparse_engine.backends import cuda_levels, cuda_nm_8bit

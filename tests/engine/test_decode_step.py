@@ -47,7 +47,7 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(scope="module", params=["pre-norm", "post-norm", "odd"])
 def checkpoint(request: pytest.FixtureRequest, tiny_opt: Path, tiny_opt_350m: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from conftest import make_tiny_opt
+    from checkpoints import make_tiny_opt
 
     if request.param == "odd":
         # Widths that fill no vector: heads of 8, products of 40 and 24 columns, a vocabulary of 323.

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_products import nvcc
 from products import relative_error
-from test_cuda_kernels import nvcc
 from torch import Tensor
 from transformers import OPTForCausalLM
 from transformers.models.opt.configuration_opt import OPTConfig
