@@ -107,8 +107,61 @@ def generation(content: dict[str, Any]) -> str:
             gain = f" ({dense['ms_per_token'] / row['ms_per_token']:.2f}×)" if dense and row is not dense else ""
             cells.append(f"{row['ms_per_token']:.3g} ms{gain}")
         body.append(cells)
-    found_rows = table(["ms per token", *(f"{_ENGINES[engine]}, {pattern} {values}" for engine, pattern, values in ways)], body)
-    return found_rows + "".join(f"\n{budget_table(each)}" for each in content.get("budgets", []))
+    made = table(["ms per token", *(_way(way) for way in ways)], body)
+    if content["environment"].get("gpu"):
+        made += _gains(found)
+    return made + "".join(f"\n{budget_table(each)}" for each in content.get("budgets", []))
+
+
+Found = dict[tuple[Any, ...], dict[str, Any]]
+
+
+def _way(way: tuple[str, str, str]) -> str:
+    engine, pattern, values = way
+    return f"{_ENGINES[engine]}, {pattern} {values}"
+
+
+def _gains(found: Found) -> str:
+    """What 2:4 gains over the dense ways to run the same model and what the other patterns cost beside it; nothing without 2:4."""
+    body = []
+    for model, batch in dict.fromkeys(key[:2] for key in found):
+        packed = found.get((model, batch, "sparse-engine", "2:4", "bf16"))
+        if packed is None:
+            continue
+        dense, static, eager = (found.get((model, batch, engine, "dense", "bf16")) for engine in ("sparse-engine", "hf-static", "hf-eager"))
+        others = [found.get((model, batch, "sparse-engine", pattern, "bf16")) for pattern in ("4:8", "unstructured")]
+        gains = [f"{row['ms_per_token'] / packed['ms_per_token']:.2f}×" if row else "–" for row in (dense, static, eager)]
+        costs = [f"{row['ms_per_token'] / packed['ms_per_token'] - 1:+.0%}" if row else "–" for row in others]
+        rates = " / ".join(f"{row['tokens_per_s']:.0f}" if row else "–" for row in (packed, dense, eager))
+        peaks = " / ".join(_gigabytes(row) for row in (packed, dense, eager))
+        body.append([f"{model}, batch {batch}", *gains, *costs, rates, peaks])
+    if not body:
+        return ""
+    header = ["2:4 in the engine", "over its dense", "over transformers, compiled", "over transformers", "4:8 takes", "unstructured takes"]
+    return "\n" + table([*header, "tokens/s, prompt included: 2:4 / dense / transformers", "peak memory, GB: the same"], body)
+
+
+def _gigabytes(row: dict[str, Any] | None) -> str:
+    return f"{row['peak_bytes'] / 1e9:.2f}" if row and row.get("peak_bytes") else "–"
+
+
+def documents(content: dict[str, Any]) -> str:
+    """Seconds for all documents, some of them at a time, and how much of a step's traffic is the cache of keys and values."""
+    rows = content["rows"]
+    ways = list(dict.fromkeys((row["engine"], row["pattern"], row["values"]) for row in rows))
+    found = {(row["batch"], row["engine"], row["pattern"], row["values"]): row for row in rows}
+    body = []
+    for batch in sorted(unique(rows, "batch")):
+        dense = found.get((batch, "sparse-engine", "dense", "bf16"))
+        cells = []
+        for way in ways:
+            row = found.get((batch, *way))
+            gain = f" ({dense['total_s'] / row['total_s']:.2f}×)" if dense and row and row is not dense else ""
+            cells.append(f"{row['total_s']:.2f} s{gain}, {_gigabytes(row)} GB" if row else "–")
+        packed = found.get((batch, "sparse-engine", "2:4", "bf16"))
+        share = f"{packed['cache_bytes'] / (packed['cache_bytes'] + packed['weight_bytes']):.0%}" if packed else "–"
+        body.append([f"{batch} at a time", *cells, share])
+    return table(["all documents", *(_way(way) for way in ways), "cache, of what a 2:4 step reads"], body)
 
 
 def _values(row: dict[str, Any]) -> str:
@@ -138,6 +191,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "linear-decode": linear_tables,
     "linear-prefill": linear_tables,
     "generate": generation,
+    "generate-documents": documents,
     "study-offline-28m": study,
     "pruning-quality": quality,
     "quantisation-quality": quantised,
