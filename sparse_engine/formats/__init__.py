@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING
 
-from sparse_engine.discovery import import_all
+from sparse_engine.discovery import Plugins
 from sparse_engine.errors import InputError
 
 if TYPE_CHECKING:
@@ -14,34 +13,8 @@ if TYPE_CHECKING:
 
 __all__ = ["all_formats", "for_pattern", "get", "register"]
 
-_FORMATS: dict[str, Format] = {}
-
-
-def register(fmt: Format) -> None:
-    """Make a format known under its name; called once at the end of its file."""
-    _FORMATS[fmt.name] = fmt
-
-
-@cache
-def _discover() -> None:
-    import_all(__name__)
-
-
-def all_formats() -> dict[str, Format]:
-    _discover()
-    return dict(_FORMATS)
-
-
-def get(name: str) -> Format:
-    """The format called ``name``.
-
-    Raises:
-        InputError: there is none.
-    """
-    formats = all_formats()
-    if name not in formats:
-        raise InputError(f"unknown packed format {name!r}; known: {', '.join(sorted(formats))}")
-    return formats[name]
+_PLUGINS: Plugins[Format] = Plugins(__name__, "packed format")
+register, all_formats, get = _PLUGINS.register, _PLUGINS.all, _PLUGINS.get
 
 
 def for_pattern(pattern: SparsityPattern) -> Format:

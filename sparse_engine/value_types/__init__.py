@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING
 
-from sparse_engine.discovery import import_all
+from sparse_engine.discovery import Plugins
 from sparse_engine.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,34 +17,8 @@ __all__ = ["PLAIN", "all_value_types", "get", "of_element", "quantised", "regist
 PLAIN = "plain"
 """Values of the weight's own floating type."""
 
-_VALUE_TYPES: dict[str, ValueType] = {}
-
-
-def register(value_type: ValueType) -> None:
-    """Make a value type known under its name; called once at the end of its file."""
-    _VALUE_TYPES[value_type.name] = value_type
-
-
-@cache
-def _discover() -> None:
-    import_all(__name__)
-
-
-def all_value_types() -> dict[str, ValueType]:
-    _discover()
-    return dict(_VALUE_TYPES)
-
-
-def get(name: str) -> ValueType:
-    """The value type called ``name``.
-
-    Raises:
-        InputError: there is none.
-    """
-    known = all_value_types()
-    if name not in known:
-        raise InputError(f"unknown type of values {name!r}; known: {', '.join(sorted(known))}")
-    return known[name]
+_PLUGINS: Plugins[ValueType] = Plugins(__name__, "type of values")
+register, all_value_types, get = _PLUGINS.register, _PLUGINS.all, _PLUGINS.get
 
 
 def quantised(name: str) -> ValueType:

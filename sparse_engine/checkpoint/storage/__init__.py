@@ -2,45 +2,18 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from sparse_engine.discovery import import_all
-from sparse_engine.errors import CheckpointError, InputError
+from sparse_engine.discovery import Plugins
+from sparse_engine.errors import CheckpointError
 
 if TYPE_CHECKING:
     from sparse_engine.checkpoint.storage.base import Storage
 
 __all__ = ["all_storages", "detect", "get", "register"]
 
-_STORAGES: dict[str, Storage] = {}
-
-
-def register(storage: Storage) -> None:
-    """Make a storage known under its name; called once at the end of its file."""
-    _STORAGES[storage.name] = storage
-
-
-@cache
-def _discover() -> None:
-    import_all(__name__)
-
-
-def all_storages() -> dict[str, Storage]:
-    _discover()
-    return dict(_STORAGES)
-
-
-def get(name: str) -> Storage:
-    """The storage called ``name``.
-
-    Raises:
-        InputError: there is none.
-    """
-    storages = all_storages()
-    if name not in storages:
-        raise InputError(f"unknown output format {name!r}; known: {', '.join(sorted(storages))}")
-    return storages[name]
+_PLUGINS: Plugins[Storage] = Plugins(__name__, "output format")
+register, all_storages, get = _PLUGINS.register, _PLUGINS.all, _PLUGINS.get
 
 
 def detect(config: dict[str, Any]) -> Storage:

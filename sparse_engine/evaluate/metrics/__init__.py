@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
 from typing import TYPE_CHECKING
 
-from sparse_engine.discovery import import_all
+from sparse_engine.discovery import Plugins
 from sparse_engine.errors import InputError
 
 if TYPE_CHECKING:
@@ -14,22 +13,13 @@ if TYPE_CHECKING:
 
 __all__ = ["all_metrics", "choose", "register"]
 
-_METRICS: dict[str, Metric] = {}
-
-
-def register(metric: Metric) -> None:
-    """Make a metric known under its name; called once at the end of its file."""
-    _METRICS[metric.name] = metric
-
-
-@cache
-def _discover() -> None:
-    import_all(__name__)
+_PLUGINS: Plugins[Metric] = Plugins(__name__, "metric")
+register = _PLUGINS.register
 
 
 def all_metrics() -> dict[str, Metric]:
-    _discover()
-    return dict(sorted(_METRICS.items()))
+    """All metrics by name, sorted."""
+    return dict(sorted(_PLUGINS.all().items()))
 
 
 def choose(names: Iterable[str] | None) -> list[Metric]:
