@@ -90,7 +90,7 @@ def convert(
 
     Raises:
         InputError: settings that do not fit together or the checkpoint, or ``out`` exists or must not be replaced.
-        CheckpointError: the checkpoint cannot be used.
+        CheckpointError: the checkpoint cannot be used, or a packed one is damaged.
         SparseEngineError: the result could not be written.
     """
     started = time.monotonic()
@@ -187,6 +187,9 @@ class _Conversion:
                 raise InputError(
                     f"{checkpoint.path} is packed already; prune the dense checkpoint it came from, or give no pattern to re-write it"
                 )
+            if checkpoint.manifest is not None:
+                # Damaged weights would get checksums of their own.
+                verify(checkpoint, track=self.track)
             return
         if pattern is None:
             raise InputError(f"{checkpoint.path} is dense: give a pattern such as --nm 2:4 or --sparsity 0.5")

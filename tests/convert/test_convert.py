@@ -255,6 +255,10 @@ def test_verify_finds_a_changed_value(tiny_opt: Path, tmp_path: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"layers\.1\.fc1 does not unpack to the bytes that were written"):
         verify(Checkpoint(tmp_path / "out"))
+    # Written anew it would get checksums of its own.
+    with pytest.raises(CheckpointError, match="the file is damaged"):
+        convert(tmp_path / "out", tmp_path / "again", values="int8")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_only_one_layer_is_alive_at_a_time(tiny_opt: Path, samples: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,7 +327,7 @@ def test_a_new_pruner_is_usable_without_touching_the_converter(tiny_opt: Path, s
     try:
         convert(tiny_opt, tmp_path / "out", pattern=TWO_FOUR, pruner="first", calibration=samples)
     finally:
-        pruners._PRUNERS.pop("first")
+        pruners._PLUGINS.known.pop("first")
     packed = Checkpoint(tmp_path / "out").packed("model.decoder.layers.0.fc1")
     assert set(packed.tensors["bitmask"].flatten().tolist()) == {0b00110011}
     assert Mask(TWO_FOUR, torch.arange(64).expand(128, 64) % 4 < 2).nnz == packed.nnz
