@@ -126,7 +126,7 @@ def finetune(
     check_request(ckpt, settings, teacher)
     columns = {"seed": seed, "text_column": text_column, "summary_column": summary_column}
     examples = load_pairs(train, "train", limit=train_limit, **columns)  # type: ignore[arg-type]
-    held_out = load_pairs(validation or "billsum", "validation", limit=validation_limit, **columns)  # type: ignore[arg-type]
+    held_out = load_pairs(validation or "billsum", "validation", limit=validation_limit, fewer=True, **columns)  # type: ignore[arg-type]
     report = run(
         ckpt,
         target,

@@ -41,6 +41,7 @@ def load_pairs(
     split: str = "train",
     *,
     limit: int | None = None,
+    fewer: bool = False,
     seed: int = 0,
     text_column: str = "text",
     summary_column: str = "summary",
@@ -53,6 +54,7 @@ def load_pairs(
         split: "train", "validation" or "test"; chooses the part of BillSum, and says nothing about a file.
         limit: take this many rows, chosen at random by ``seed`` and kept in the source's order; default: the study's size
             of the split for BillSum, every row of a file.
+        fewer: whether a source of fewer rows than ``limit`` goes without a warning.
 
     Raises:
         InputError: the source cannot be read or reached, has no such column, or no row is usable.
@@ -70,7 +72,7 @@ def load_pairs(
     if limit is not None and limit < len(pairs):
         rng = random.Random(seed)  # noqa: S311 (sampling, not secrets)
         pairs = [pairs[i] for i in sorted(rng.sample(range(len(pairs)), limit))]
-    elif limit is not None and limit > len(pairs):
+    elif limit is not None and limit > len(pairs) and not fewer:
         _log.warning("%s has %d usable examples, not %d", source, len(pairs), limit)
     return pairs
 

@@ -58,8 +58,14 @@ def check_request(source: str, settings: FinetuneSettings, teacher: str | None) 
         raise InputError("fine-tuning needs the accelerate package: pip install 'sparse-engine[train]'")
     if settings.answers != "reference" and teacher is None:
         raise InputError(f"--answers {settings.answers} needs a --teacher to write them")
+    from sparse_engine.hf.loading import load_tokenizer
+    from sparse_engine.hf.quantizer import check_dense
+
+    load_tokenizer(resolve(source))
     for one in (source, *([teacher] if teacher else [])):
-        Checkpoint(resolve(one))
+        checkpoint = Checkpoint(resolve(one))
+        if checkpoint.kind == "dense":
+            check_dense(checkpoint)
 
 
 def finetune(

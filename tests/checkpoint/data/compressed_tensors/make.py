@@ -1,6 +1,6 @@
 """Makes the fixtures beside this file with the real library: `pip install --no-deps compressed-tensors==0.14.0.1 loguru`, then run it.
 
-Each folder is a tiny OPT checkpoint as compressed-tensors 0.14 wrote it; expected.safetensors holds its masked dense linears.
+Each folder is a tiny OPT checkpoint as compressed-tensors 0.14 wrote it; expected.tensors holds its masked dense linears.
 """
 
 from __future__ import annotations
