@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -38,6 +39,8 @@ def resolve(ckpt: str | os.PathLike[str], revision: str | None = None) -> Path:
 def _download(repo: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
+    # What it says of its retries is said once, below, if they come to nothing.
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     try:
         return Path(snapshot_download(repo, revision=revision or _safetensors_revision(repo), allow_patterns=_FILES))
     except CheckpointError:

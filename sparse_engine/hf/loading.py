@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,12 @@ def parse_dtype(text: str | None) -> torch.dtype | None:
 
 def quiet_transformers() -> None:
     """Keep transformers' own bars and notices off the terminal: this package reports for itself."""
-    from transformers.utils import logging
+    from transformers.utils import logging as reports
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    reports.set_verbosity_error()  # type: ignore[no-untyped-call]
+    reports.disable_progress_bar()  # type: ignore[no-untyped-call]
+    # It says at every start on a CPU that it found no faster kernels on the Hub.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def load_tokenizer(path: Path) -> Any:

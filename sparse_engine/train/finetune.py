@@ -136,6 +136,8 @@ def finetune(
     taught_by = _teacher(teacher, checkpoint) if teacher else None
     trainer = build_trainer(model, examples[0], examples[1], settings, masks, work, teacher=taught_by, device=place, track=track)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not settings.adapters:
+        trained -= sum(int((~mask.keep).sum()) for mask in masks.values())
     train_loss = train_with_resume(trainer, resume=resume)
     report = FinetuneReport(
         out,
