@@ -103,6 +103,27 @@ def _fake(x: Tensor, values: Tensor, bitmask: Tensor, *_: object) -> Tensor:
 _op = define_linear("cpu_linear", _linear, ("CPU",), arguments=_ARGUMENTS, fake=_fake)
 
 
+def _gradient(
+    gradient: Tensor, values: Tensor, bitmask: Tensor, row_offsets: Tensor | None, scales: Tensor | None, n: int, m: int, columns: int
+) -> Tensor:
+    """Gradient (..., rows) by W (rows, columns), summed in fp32 over tiles of W's rows: x's gradient (..., columns)."""
+    flat = gradient.reshape(-1, bitmask.shape[0])
+    total = torch.zeros(flat.shape[0], columns)
+    for begin, end, tile in _tiles(values, bitmask, row_offsets, scales, n, m, columns, torch.float32):
+        total.addmm_(flat[:, begin:end].float(), tile)
+    return total.to(gradient.dtype).view(*gradient.shape[:-1], columns)
+
+
+# An operator of its own, since a compiled model with gradients is traced through its backward pass too.
+_gradient_op = define_linear(
+    "cpu_linear_gradient",
+    _gradient,
+    ("CPU",),
+    arguments="Tensor gradient, Tensor values, Tensor bitmask, Tensor? row_offsets, Tensor? scales, int n, int m, int columns",
+    fake=lambda gradient, *others: gradient.new_empty((*gradient.shape[:-1], others[-1])),
+)
+
+
 def _is_plain(x: Tensor) -> bool:
     """Whether nothing watches or transforms this call, so that the dispatcher (5 µs of a small layer's time) can be passed by."""
     return (
@@ -136,16 +157,11 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         values, bitmask, row_offsets, scales = ctx.saved_tensors
-        flat = gradient.reshape(-1, bitmask.shape[0])
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            # Gradient (m, rows) by W, summed in fp32 over tiles of W's rows.
-            total = torch.zeros(flat.shape[0], ctx.columns)
-            for begin, end, tile in _tiles(values, bitmask, row_offsets, scales, ctx.n, ctx.m, ctx.columns, torch.float32):
-                total.addmm_(flat[:, begin:end].float(), tile)
-            grad_x = total.to(gradient.dtype).view(*gradient.shape[:-1], -1)
+            grad_x = _gradient_op(gradient, values, bitmask, row_offsets, scales, ctx.n, ctx.m, ctx.columns)
         if ctx.needs_input_grad[5]:
-            grad_bias = flat.sum(0)
+            grad_bias = gradient.reshape(-1, bitmask.shape[0]).sum(0)
         return grad_x, None, None, None, None, grad_bias, None, None
 
 

@@ -224,6 +224,18 @@ def test_compiles_to_one_graph(pattern: str, tiny_opt: Path) -> None:
     assert_close(logits(compiled, tokens(1, 4)), logits(model, tokens(1, 4)), 1e-2)
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
+def test_compiles_with_gradients(pattern: str, tiny_opt: Path) -> None:
+    gradients = []
+    for compiles in (False, True):
+        model = SparseOPTForCausalLM.from_pretrained(tiny_opt, **keyword(pattern))
+        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiles else model
+        run(input_ids=tokens(), labels=tokens()).loss.backward()
+        gradients.append(model.model.decoder.embed_positions.weight.grad)
+    assert float(gradients[0].norm()) > 0
+    assert_close(gradients[1], gradients[0], 1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "bfloat16"])
 def test_dtype_casts_the_values(dtype: torch.dtype | str, packed_dir: Path) -> None:
     stored = SparseOPTForCausalLM.from_pretrained(packed_dir)
