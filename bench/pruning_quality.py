@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from reporting import device_name, environment, write_results
+from reporting import device_name, environment, quality_options, write_results
 from transformers import AutoTokenizer, OPTForCausalLM
 
 from sparse_engine import SparseOPTForCausalLM, pruners
@@ -29,17 +29,9 @@ PATTERNS = ("0.5", "4:8", "2:4")
 
 
 def main() -> None:
-    data = Path(os.environ.get("SPARSE_ENGINE_DATA", "."))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=data / "models" / "base-28m")
-    parser.add_argument("--calibration", type=Path, default=data / "data" / "validation.jsonl.gz")
-    parser.add_argument("--heldout", type=Path, default=data / "data" / "test.jsonl.gz")
-    parser.add_argument("--documents", type=int, default=40)
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--length", type=int, default=1024)
+    parser = quality_options(__doc__, documents=40, samples=64)
     parser.add_argument("--pruners", nargs="*", default=sorted(pruners.all_pruners()))
     parser.add_argument("--patterns", nargs="*", default=PATTERNS)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     settings = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(settings.model)

@@ -11,8 +11,6 @@ meet int8 and int4 weights are rounded to int8 too, with the output head as it i
 
 from __future__ import annotations
 
-import argparse
-import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from reporting import device_name, environment, write_results
+from reporting import device_name, environment, quality_options, write_results
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
@@ -38,17 +36,9 @@ from sparse_engine.pattern import SparsityPattern
 
 
 def main() -> None:
-    data = Path(os.environ.get("SPARSE_ENGINE_DATA", "."))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=data / "models" / "base-28m")
-    parser.add_argument("--calibration", type=Path, default=data / "data" / "validation.jsonl.gz")
-    parser.add_argument("--heldout", type=Path, default=data / "data" / "test.jsonl.gz")
-    parser.add_argument("--documents", type=int, default=10)
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--length", type=int, default=1024)
+    parser = quality_options(__doc__, documents=10, samples=32)
     parser.add_argument("--pruner", default="sparsegpt")
     parser.add_argument("--patterns", nargs="*", default=["2:4"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     settings = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(settings.model)

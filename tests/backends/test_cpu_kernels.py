@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
 
 import pytest
 import torch
-from cpu_products import LEVELS, TOLERANCE, Fenced, library_arguments, nm, random_keep
+from cpu_products import TOLERANCE, Fenced, library_arguments, needs_library, nm, random_keep
 from torch import Tensor
 
 from sparse_engine import Mask, PackedWeight, SparseLinear, SparsityPattern, formats, native, registry
 from sparse_engine.errors import InputError
 
-pytestmark = pytest.mark.skipif(
-    isinstance(native._load(), str),
-    reason=f"the native library cannot be used: it {native._load()}" if isinstance(native._load(), str) else "",
-)
+pytestmark = [needs_library, pytest.mark.usefixtures("one_thread")]
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 ROWS = [0, 1, 2, 3, 5, 7, 8, 9, 17, 129]
@@ -28,22 +24,6 @@ NM = ["1:2", "2:4", "1:4", "3:4", "4:8", "2:8", "7:8", "1:16", "8:16", "3:32", "
 CASES = [(p, s) for p in NM for s in SHAPES if s[1] % SparsityPattern.parse(p).group[1] == 0] + [
     (p, s) for p in ("0.5", "0.9", "0.05") for s in SHAPES + ODD_SHAPES
 ]
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(None)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The fp64 references are tiny; on a busy machine torch's own threads would wait for each other most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=[1, 2])

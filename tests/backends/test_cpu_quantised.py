@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from cpu_products import LEVELS, TOLERANCE, Fenced, library_arguments, nm, random_keep
+from cpu_products import TOLERANCE, Fenced, library_arguments, needs_library, nm, random_keep
 from torch import Tensor
 
 from sparse_engine import Mask, PackedWeight, SparseLinear, SparsityPattern, formats, native, registry, value_types
 from sparse_engine.errors import InputError
 
-pytestmark = pytest.mark.skipif(
-    isinstance(native._load(), str),
-    reason=f"the native library cannot be used: it {native._load()}" if isinstance(native._load(), str) else "",
-)
+pytestmark = [needs_library, pytest.mark.usefixtures("one_thread")]
 
 KINDS = ["int8", "int4"]
 SHAPES = [(1, 8), (3, 4), (5, 12), (7, 64), (33, 96), (13, 100), (200, 128), (6, 320), (17, 2080)]
@@ -23,21 +18,6 @@ ODD_SHAPES = [(1, 1), (3, 7), (5, 63), (4, 65), (9, 129), (11, 1001)]
 CASES = [
     (p, s) for p in ("1:2", "2:4", "3:4", "4:8", "3:8", "7:8", "3:32") for s in SHAPES if s[1] % SparsityPattern.parse(p).group[1] == 0
 ] + [(p, s) for p in ("0.5", "0.9", "0.05") for s in SHAPES[-3:] + ODD_SHAPES]
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(None)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def pack(text: str, shape: tuple[int, int], kind: str, dtype: torch.dtype = torch.float32) -> PackedWeight:

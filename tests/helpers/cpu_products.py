@@ -5,11 +5,16 @@ from __future__ import annotations
 import ctypes
 import mmap
 
+import pytest
 import torch
 from torch import Tensor
 
 from sparse_engine import PackedWeight, SparsityPattern, native
 
+needs_library = pytest.mark.skipif(
+    isinstance(native._load(), str),
+    reason=f"the native library cannot be used: it {native._load()}" if isinstance(native._load(), str) else "",
+)
 LEVELS = native.supported_isas() if not isinstance(native._load(), str) else []
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 
