@@ -41,7 +41,10 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """``same_summaries`` of ``summaries`` came out of the packed model token for token as of the masked dense one."""
+    """``same_summaries`` of ``summaries`` came out of the packed model token for token as of the masked dense one.
+
+    Dense and packed run in the engine; ``transformers_per_second`` are tokens per second of the masked dense one in transformers' loop.
+    """
 
     dense: Side
     packed: Side
@@ -50,6 +53,7 @@ class Comparison:
     same_summaries: int
     summaries: int
     titles: tuple[str, ...]
+    transformers_per_second: float
 
 
 def weight_nbytes(model: nn.Module) -> int:
@@ -67,9 +71,9 @@ def compare(out: Path, *, track: Track = silent) -> Comparison:
     Raises:
         InputError: ``out`` exists.
     """
-    from transformers import AutoTokenizer, OPTForCausalLM
+    from transformers import AutoTokenizer
 
-    from sparse_engine.hf import SparseOPTForCausalLM
+    from sparse_engine.hf import EngineOPTForCausalLM, SparseOPTForCausalLM
 
     rows = bills().rows
     texts, references = [row["text"] for row in rows], [row["summary"] for row in rows]
@@ -81,7 +85,7 @@ def compare(out: Path, *, track: Track = silent) -> Comparison:
         return summarise(model, tokenizer, texts, track=lambda items, _, total: track(items, f"summarising, {name}", total))
 
     linears = sorted(converted.layers)
-    dense_model = OPTForCausalLM.from_pretrained(CHECKPOINT, dtype=DTYPE)
+    dense_model: Any = EngineOPTForCausalLM.from_pretrained(CHECKPOINT, dtype=DTYPE)
     dense_linear = sum(dense_model.get_parameter(f"{name}.weight").nbytes for name in linears)
     by_dense = run(dense_model, "dense")
     dense = _side(CHECKPOINT, weight_nbytes(dense_model), dense_linear, by_dense, references)
@@ -94,12 +98,16 @@ def compare(out: Path, *, track: Track = silent) -> Comparison:
     kernels = tuple(sorted({module.plan()[0][1].name for module in modules}))
     by_masked = run(packed_model.to_dense(), "pruned but dense")
     same = sum(a.tokens == b.tokens for a, b in zip(by_packed, by_masked, strict=True))
-    return Comparison(dense, packed, kernels, converted.seconds, same, len(rows), tuple(row["title"] for row in rows))
+    titles = tuple(row["title"] for row in rows)
+    return Comparison(dense, packed, kernels, converted.seconds, same, len(rows), titles, _speed(by_masked))
 
 
 def _side(path: Path, weights: int, linears: int, made: Sequence[Summary], references: Sequence[str]) -> Side:
-    # The first token of each summary comes out of the prompt's pass and is counted in neither figure.
-    speed = sum(len(s.tokens) - 1 for s in made) / sum(s.decode_seconds for s in made)
     texts = tuple(s.text for s in made)
     measured = rouge(texts, references).rougeL if importlib.util.find_spec("rouge_score") else None
-    return Side(Checkpoint(path).nbytes, weights, linears, speed, measured, texts)
+    return Side(Checkpoint(path).nbytes, weights, linears, _speed(made), measured, texts)
+
+
+def _speed(made: Sequence[Summary]) -> float:
+    # The first token of each summary comes out of the prompt's pass and is counted in neither figure.
+    return sum(len(s.tokens) - 1 for s in made) / sum(s.decode_seconds for s in made)

@@ -106,6 +106,7 @@ def test_the_command_prints_measured_figures_and_keeps_what_it_is_asked_to(
     assert f"{summariser['packed']['file_nbytes'] / 2**20:.2f} MiB" in out
     assert f"{summariser['packed']['rouge_l']:.3f}" in out
     assert f"{summariser['dense']['tokens_per_second']:.1f}" in out
+    assert f"makes {summariser['transformers_per_second']:.1f} tokens/s" in out
     assert summariser["packed"]["summaries"][0] in out
     assert "1 of 1 summaries are the same, token for token" in out
     assert f"{figures['layer']['packed_us']:,.0f} µs" in out
@@ -118,7 +119,7 @@ def test_without_the_rouge_package_the_table_says_how_to_get_it(capsys: pytest.C
     from sparse_engine.cli.demo import _summariser_table
 
     side = compare_module.Side(10, 20, 10, 5.0, None, ("A summary.",))
-    same = compare_module.Comparison(side, side, ("reference",), 1.0, 1, 1, ("A title",))
+    same = compare_module.Comparison(side, side, ("reference",), 1.0, 1, 1, ("A title",), 2.0)
     Console().print(_summariser_table(same))
     assert "sparse-engine[eval]" in capsys.readouterr().out
 
