@@ -73,10 +73,12 @@ def slug(gpu: str) -> str:
 
 
 def shipped_path(gpu: str) -> Path:
+    """Where the installed table of a GPU of this name would be."""
     return Path(__file__).with_name("tuned") / f"{slug(gpu)}.json"
 
 
 def user_path(gpu: str) -> Path:
+    """Where ``sparse-engine tune`` keeps the table of a GPU of this name, in the user's cache."""
     return cuda.cache_folder().parent / "tuning" / f"{slug(gpu)}.json"
 
 

@@ -33,16 +33,19 @@ def _dense_mb(row: Row) -> float:
 
 
 def geometric_mean(values: Iterable[float]) -> float:
+    """exp of the mean logarithm of ``values``, at least one and all above 0."""
     logs = [math.log(value) for value in values]
     return math.exp(sum(logs) / len(logs))
 
 
 def table(header: list[str], body: Iterable[list[str]]) -> str:
+    """A Markdown table; every row of ``body`` has as many cells as ``header``."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *body)]
     return "\n".join(lines) + "\n"
 
 
 def unique(rows: list[Row], key: str) -> list[Any]:
+    """The values of ``key``, each once, in the order in which they first come."""
     return list(dict.fromkeys(row[key] for row in rows))
 
 

@@ -34,7 +34,11 @@ Regime = Annotated[str, typer.Option("--regime", help="decode: 1 to 128 activati
 
 
 def regime_rows(name: str) -> list[int]:
-    """The activation rows of a regime of the latency suite."""
+    """The activation rows of a regime of the latency suite.
+
+    Raises:
+        InputError: there is no such regime.
+    """
     from sparse_engine.bench.suite import REGIMES
 
     if name not in REGIMES:
@@ -53,7 +57,11 @@ def split_list(given: list[str] | None) -> list[str]:
 
 
 def parse_rows(given: list[str] | None) -> list[int]:
-    """Numbers of activation rows from a repeatable option."""
+    """Numbers of activation rows from a repeatable option.
+
+    Raises:
+        InputError: one is no whole number from 1 to 65536.
+    """
     texts = split_list(given)
     for text in texts:
         if not text.isdecimal() or not 1 <= int(text) <= _MOST_ROWS:
@@ -62,6 +70,12 @@ def parse_rows(given: list[str] | None) -> list[int]:
 
 
 def parse_device(text: str) -> torch.device:
+    """The device that ``--device`` names.
+
+    Raises:
+        InputError: it names none, or one of another kind than cpu and cuda.
+        KernelUnavailableError: torch sees no such GPU.
+    """
     try:
         device = torch.device(text)
     except RuntimeError:

@@ -30,7 +30,7 @@ def _batch(text: str) -> int | None:
 
 @app.command(epilog="Example: sparse-engine summarize bill.txt more-bills.jsonl.gz --out summaries.jsonl")
 def summarize(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help=".txt (one bill each) or .jsonl with `text` (also .gz, .zst).")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help=".txt (one bill each), .jsonl (also .gz, .zst) or .parquet.")],
     model: Annotated[
         str | None, typer.Option("--model", metavar="CKPT", help="Summariser; default: the one that ships, packed 2:4.")
     ] = None,

@@ -28,6 +28,7 @@ def _discover() -> None:
 
 
 def all_families() -> dict[str, ModelFamily]:
+    """The families by every model type that they read."""
     _discover()
     return dict(_FAMILIES)
 

@@ -85,6 +85,7 @@ def removed_count(sparsity: float, total: int) -> int:
 
 
 def row_chunks(scores: Tensor) -> Iterator[slice]:
+    """Slices of rows of ``scores`` (rows, columns), each of at most :data:`CHUNK_ELEMENTS` scores or one row."""
     step = max(1, CHUNK_ELEMENTS // max(1, scores.shape[1]))
     for start in range(0, scores.shape[0], step):
         yield slice(start, start + step)

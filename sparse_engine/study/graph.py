@@ -1,7 +1,7 @@
 """The stages that a recipe's rows are made of, each known by a hash of everything its result depends on.
 
 Keys come from the recipe, the contents of the base models and the examples alone, never from paths, times or machines, so that
-results of several sessions and machines meet in one folder; a stage that two rows share is one stage.
+results of several runs and machines meet in one folder; a stage that two rows share is one stage.
 """
 
 from __future__ import annotations
@@ -58,7 +58,11 @@ class Graph:
         self._fingerprints: dict[str, str] = {}
 
     def examples(self, split: str) -> list[Pair]:
-        """The examples of train, heldout, validation or test; heldout falls back to validation, and that to test."""
+        """The examples of train, heldout, validation or test; heldout falls back to validation, and that to test.
+
+        Raises:
+            InputError: the recipe has none for ``split``, or their source cannot be read.
+        """
         for name in (split, *({"heldout": ("validation", "test")}.get(split, ()))):
             if name in self.recipe.data:
                 if name not in self._data:

@@ -40,7 +40,7 @@ def run_study(
 ) -> list[Path]:
     """Bring ``rows`` (default: all) of a recipe to an end and write the report into ``out``; gives the report's files.
 
-    ``out``/stages holds the cached stages and ``out``/rows one JSON per finished row. Rows made in several sessions or on several
+    ``out``/stages holds the cached stages and ``out``/rows one JSON per finished row. Rows made by several runs or on several
     machines are merged by putting their files into the same folders. A row builds what it needs of other rows.
 
     Args:

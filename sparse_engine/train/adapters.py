@@ -17,10 +17,11 @@ from sparse_engine.mask import Mask
 from sparse_engine.train.base import load_dense, load_quantised, masks_of
 from sparse_engine.train.settings import FinetuneSettings
 
-__all__ = ["Adapter", "add_adapters", "is_adapter", "load_adapter"]
+__all__ = ["RECORD", "Adapter", "add_adapters", "is_adapter", "load_adapter"]
 
 _CONFIG = "adapter_config.json"
-_RECORD = "finetune.json"
+RECORD = "finetune.json"
+"""Settings, losses and cost of a fine-tuning run, beside the weights that it wrote."""
 
 
 def is_adapter(path: Path) -> bool:
@@ -69,11 +70,11 @@ class Adapter:
     def __init__(self, path: Path, base: str | None = None) -> None:
         self.path = path
         try:
-            record = json.loads((path / _RECORD).read_text(encoding="utf-8"))
+            record = json.loads((path / RECORD).read_text(encoding="utf-8"))
             self.settings = FinetuneSettings.from_dict(record["settings"])
             named = str(record["base"])
         except (OSError, ValueError, KeyError, InputError) as error:
-            raise CheckpointError(f"{path} is no adapter that `sparse-engine finetune` wrote ({_RECORD}: {error})") from None
+            raise CheckpointError(f"{path} is no adapter that `sparse-engine finetune` wrote ({RECORD}: {error})") from None
         if not (path / "adapter_model.safetensors").is_file():
             raise CheckpointError(f"{path}/adapter_model.safetensors is missing; adapters are read from safetensors alone")
         try:

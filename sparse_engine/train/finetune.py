@@ -24,14 +24,12 @@ from sparse_engine.data.pairs import Pair
 from sparse_engine.errors import InputError, SparseEngineError
 from sparse_engine.mask import Mask
 from sparse_engine.progress import Track, silent
+from sparse_engine.train.adapters import RECORD
 from sparse_engine.train.base import linears_of, load_dense, load_quantised, masks_of
 from sparse_engine.train.save import write_checkpoint
 from sparse_engine.train.settings import FinetuneSettings
 
-__all__ = ["RECORD", "FinetuneReport", "finetune"]
-
-RECORD = "finetune.json"
-"""Settings, losses and cost of a run, beside what it wrote."""
+__all__ = ["RECORD", "FinetuneReport", "check_request", "finetune"]
 
 
 @dataclass(frozen=True, slots=True)

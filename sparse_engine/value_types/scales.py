@@ -15,6 +15,7 @@ def levels_of(weight: Tensor, scales: Tensor, largest: int) -> Tensor:
 
 
 def check_scales(scales: Tensor) -> str | None:
+    """What is wrong with scales that came from outside, or None."""
     if not bool(torch.isfinite(scales).all()) or bool((scales < 0).any()):
         return "scales holds a negative, NaN or infinite value"
     return None
