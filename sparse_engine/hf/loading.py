@@ -14,6 +14,8 @@ from sparse_engine.formats.base import PackedWeight
 
 __all__ = ["load_model", "load_tokenizer", "parse_dtype", "quiet_transformers"]
 
+_log = logging.getLogger(__name__)
+
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -93,4 +95,8 @@ def load_model(path: Path, *, backend: str | None, dtype: torch.dtype | None, de
     # Layers load on the CPU, where the backend may run none; their move chooses kernels again.
     for _, module in sparse_linears(model):
         module.backend = backend
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    slow = [name for name, module in sparse_linears(model) if not module.values.is_meta and module.plan()[0][1].name == "reference"]
+    if slow and backend is None:
+        _log.warning("the reference kernel runs %d layers, which is slow: `inspect --why %s` says why no other does", len(slow), slow[0])
+    return model

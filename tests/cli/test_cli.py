@@ -157,6 +157,15 @@ def test_generate_runs_the_backend_asked_for(cli, packed: Path, monkeypatch: pyt
     assert kernels == {"reference"}
 
 
+def test_a_slow_kernel_is_not_taken_silently(cli, packed: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert cli("convert", packed, "--values", "fp8", "--out", "fp8").code == 0
+    assert cli("generate", "fp8", "--prompt", "A", "--max-new-tokens", 2).code == 0
+    assert "the reference kernel runs 12 layers, which is slow" in caplog.text
+    caplog.clear()
+    assert cli("generate", packed, "--prompt", "A", "--backend", "reference", "--max-new-tokens", 2).code == 0
+    assert caplog.text == ""
+
+
 def test_a_backend_is_asked_for_the_device_that_the_model_moves_to(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Elsewhere(type(registry.get("reference"))):  # type: ignore[misc]
         name = "elsewhere"
