@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from decoding import small_opt
 from products import relative_error
-from transformers import OPTForCausalLM
-from transformers.models.opt.configuration_opt import OPTConfig
 
-from sparse_engine import SparseOPTForCausalLM
 from sparse_engine.engine.choice import Choice
 from sparse_engine.engine.generation import VARIABLE
 from sparse_engine.engine.kernels.int8 import int8_linear, most_rows
@@ -21,19 +19,6 @@ from sparse_engine.errors import InputError
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
-
-
-def small_opt(nm: str, **settings: Any) -> Any:
-    """Three layers of four heads of 64, trained on nothing."""
-    torch.manual_seed(0)
-    fields_ = {"hidden_size": 256, "ffn_dim": 768, "num_hidden_layers": 3, "num_attention_heads": 4, "word_embed_proj_dim": 256}
-    fields_ |= {"vocab_size": 323, "max_position_embeddings": 640, "dtype": torch.bfloat16} | settings
-    config = OPTConfig(**fields_)
-    dense = OPTForCausalLM(config).to(config.dtype)
-    for parameter in dense.parameters():
-        # Larger than at the start of a training, so that logits and attention have something to tell.
-        parameter.data += torch.randn_like(parameter) * 0.05
-    return SparseOPTForCausalLM.from_dense(dense, nm=nm)
 
 
 @pytest.mark.parametrize("device", DEVICES)
