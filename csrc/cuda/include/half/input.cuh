@@ -50,8 +50,8 @@ __device__ __forceinline__ void add_parts(float4& sum, const float4& v) {
   sum.w += v.w;
 }
 
-// The state's new values, in this block's copy of the row. `joined` is JOINED_BYTES of shared memory, `row` the shared address of 2 * HIDDEN
-// bytes. All threads of the cluster call it, after wait_predecessor; every block has arrived once at the cluster's barrier before.
+// The state's new values, in this block's copy of the row. `joined` is JOINED_BYTES of shared memory, `row` the shared address of 2 *
+// HIDDEN bytes. All threads of the cluster call it, after wait_predecessor; every block has arrived once at the cluster's barrier before.
 __device__ __forceinline__ void join(const Input& in, const Constants& c, float4* joined, u32 row) {
   const u32 rank = cluster_rank(), quad = threadIdx.x % QUADS, group = threadIdx.x / QUADS;
   uint2 before = make_uint2(0, 0);
