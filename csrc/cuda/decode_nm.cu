@@ -23,6 +23,7 @@
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_nm(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) unsigned char smem[];
+  Addends& add = addends(smem);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warp_row = warp % WARPS_ROW, warp_k = warp / WARPS_ROW;
   const int part = warp_k % PARTS;
   const int begin = (int)((long long)p.units * blockIdx.y / gridDim.y), end = (int)((long long)p.units * (blockIdx.y + 1) / gridDim.y);
@@ -47,9 +48,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_nm(cons
         values[rt][s] = load_weight(next[rt] + (s + 1) * 32 + lane, policy);
     }
   }
+  copy_bias(p, blockIdx.x, add);
   release_successor();
   clear_padding(smem, p);
   wait_predecessor();
+  copy_residual(p, blockIdx.x, add);
 #pragma unroll
   for (int s = 0; s < STAGES - 1; ++s) {
     if (s < rounds) stage_x(smem, p, s, (begin + s * ROUND_UNITS) * UNIT);
@@ -146,5 +149,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_nm(cons
 #pragma unroll
         for (int chain = 1; chain < CHAINS; ++chain)
           acc[0][rt][nt][i] += acc[chain][rt][nt][i];
-  reduce_and_store(smem, p, acc[0]);
+  reduce_and_store(smem, p, acc[0], add);
 }

@@ -62,6 +62,7 @@ struct Sequence {
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_unstructured(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) unsigned char smem[];
+  Addends& add = addends(smem);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warp_k = warp / WARPS_ROW;
   const int begin = (int)((long long)p.units * blockIdx.y / gridDim.y), end = (int)((long long)p.units * (blockIdx.y + 1) / gridDim.y);
   const int rounds = (end - begin + ROUND_UNITS - 1) / ROUND_UNITS;
@@ -81,10 +82,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_unstruc
   Slots slots;
   slots.init(p, barriers + whole_lines(WARPS * STAGES * 8), barriers, warp);
   slots.start(p, sequence, policy);
+  copy_bias(p, blockIdx.x, add);
   release_successor();
   load.finish(table);
   clear_padding(smem, p, p.x_buffers);
   wait_predecessor();
+  copy_residual(p, blockIdx.x, add);
   for (int round = 0; round < (resident ? rounds : 1); ++round)
     stage_x(smem, p, round, (begin + round * ROUND_UNITS) * UNIT);
   if (resident) {
@@ -99,6 +102,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_unstruc
   u32 turn = 0, buffer = 0;
   for (int group = blockIdx.x; group * BLOCK_ROWS < p.rows; group += gridDim.x, turn ^= 1) {
     float acc[CHAINS][1][N_TILES][4] = {};
+    if (group != (int)blockIdx.x) {
+      copy_bias(p, group, add);
+      copy_residual(p, group, add);
+    }
     for (int round = 0; round < rounds; ++round) {
       if (resident) {
         buffer = round;
@@ -136,8 +143,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_unstruc
     // Of two successive groups each has its own place, so that one barrier serves.
     float* sums = (float*)(smem + sums_at + turn * sums_bytes);
     if (!PERSISTENT) __syncthreads();
+    wait_copies();
     collect(sums, p, acc[0]);
     __syncthreads();
-    finish_and_store(sums, p, group);
+    finish_and_store(sums, p, group, &add);
   }
 }

@@ -112,8 +112,11 @@ class Source:
         return 32 * tile.warps_row * tile.warps_k
 
     def shared_bytes(self, tile: Tile, m: int, depth: int) -> int:
-        """Shared memory of a block: buffers of x, which the sums of the warps reuse."""
-        return max(tile.stages * self._buffer_bytes(tile, m) + _ZERO_BYTES, self._sums_bytes(tile, m))
+        """Shared memory of a block: buffers of x, which the sums of the warps reuse, and what the epilogue adds."""
+        return max(tile.stages * self._buffer_bytes(tile, m) + _ZERO_BYTES, self._sums_bytes(tile, m)) + self._addends_bytes(tile)
+
+    def _addends_bytes(self, tile: Tile) -> int:
+        return 4 * tile.block_rows if tile.n_tiles == 1 else 0
 
     def _buffer_bytes(self, tile: Tile, m: int) -> int:
         return _staged_rows(tile, m) * (tile.warps_k * UNIT * 2 // tile.parts + self.x_pad)
@@ -137,7 +140,7 @@ class StreamSource(Source):
     def shared_bytes(self, tile: Tile, m: int, depth: int, x_buffers: int = 2) -> int:
         x = whole_lines(_ZERO_BYTES + x_buffers * self._buffer_bytes(tile, m))
         sums = whole_lines(self._sums_bytes(tile, m))
-        return (x + 2 * sums if tile.n_tiles <= 2 else max(x, sums)) + _stream_bytes(tile, depth)
+        return (x + 2 * sums if tile.n_tiles <= 2 else max(x, sums)) + _stream_bytes(tile, depth) + self._addends_bytes(tile)
 
     def x_buffers(self, tile: Tile, m: int, depth: int, units: int, here: Gpu) -> int:
         """One for every round of a row group, where as many blocks fit a multiprocessor then as with two."""

@@ -19,6 +19,16 @@ WHOLE = "whole step in one kernel"
 PHASES = ("qkv product", "attention", "out product", "fc1 product", "fc2 product")
 """Of a layer in that kernel; each product begins with its LayerNorm or with what joins the attention's parts."""
 
+_WHOLE_OF = {
+    "decode_model": WHOLE,
+    "half_attention": "LayerNorm, qkv product, attention and out product",
+    "half_ffn": "LayerNorm, fc1 and fc2 products",
+    "half_end": "LayerNorm",
+    "attention_decode": "attention",
+    "greedy": "choice of the token",
+}
+"""What kernels do that do the same wherever they stand."""
+
 _STEPS = 20
 
 
@@ -35,21 +45,20 @@ def roles(names: Iterable[str]) -> list[str]:
     found: list[str] = []
     role, norms = "embedding", 0
     for name in names:
-        if name.startswith("decode_model"):
-            role = WHOLE
-        elif name.startswith("attention_decode"):
-            role = "attention"
+        known = next((whole for start, whole in _WHOLE_OF.items() if name.startswith(start)), None)
+        if known is not None:
+            role = known
         elif name.startswith("layer_norm"):
             role, norms = "LayerNorm", norms + 1
-        elif name.startswith("greedy"):
-            role = "choice of the token"
+        elif name == "head":
+            role = "head"
         elif role == "LayerNorm":
             role = "qkv product" if norms % 2 else "fc1 and fc2 products"
         elif role == "attention":
             role = "out product"
         found.append(role)
     # Behind the last layer stands one LayerNorm more, and then the head.
-    if norms % 2 and "choice of the token" in found:
+    if norms % 2 and "choice of the token" in found and "head" not in found:
         behind = len(found) - found[::-1].index("LayerNorm")
         found[behind:] = ["head" if role == "qkv product" else role for role in found[behind:]]
     return found

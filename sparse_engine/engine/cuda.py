@@ -1,7 +1,8 @@
 """The decoder on an NVIDIA GPU: a whole step, the choice of the token included, is one CUDA graph per batch bucket and choice.
 
-The graph of a single row holds one kernel where the model has a step in one kernel (:mod:`sparse_engine.engine.whole`) that was measured
-to be faster, or where the environment variable SPARSE_ENGINE_STEP says so.
+The graph of a single row may hold other kernels than that of more rows: two for each layer (:mod:`sparse_engine.engine.halves`) or one for
+the whole step (:mod:`sparse_engine.engine.whole`), where the model has such a step that was measured to be faster, or where the environment
+variable SPARSE_ENGINE_STEP says so.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor
 
 from sparse_engine.engine.choice import Choice
-from sparse_engine.engine.kernels import DecodeState
+from sparse_engine.engine.halves import half_layers
+from sparse_engine.engine.kernels import DecodeState, Embedding, embed
 from sparse_engine.engine.kernels.decode_model import WholeStep
+from sparse_engine.engine.kernels.half_layers import HalfLayers
 from sparse_engine.engine.runner import Cache, Runner
 from sparse_engine.engine.weights import DecoderWeights
 from sparse_engine.engine.whole import whole_step
@@ -26,13 +29,19 @@ from sparse_engine.errors import InputError
 __all__ = ["KEPT_CACHES", "VARIABLE", "CudaRunner"]
 
 VARIABLE = "SPARSE_ENGINE_STEP"
-"""Environment variable: "auto" (default), "one-kernel" (refuse a model that has no such step) or "kernels" (never use it)."""
+"""Environment variable: "auto" (default), "half-layers" or "one-kernel" (refuse a model that has no such step), or "kernels" (neither)."""
 
 _FASTER: dict[int, tuple[int, ...]] = {4: (2048, 5120), 8: (2048,)}
 """By the pattern's group, widths of models whose step in one kernel was faster on an H100 than its kernels one by one.
 
 In ms behind a prompt of 512 tokens: 0.71 and 0.83 (1.3B, 2:4), 0.83 and 0.92 (1.3B, 4:8), 5.79 and 5.97 (13B, 2:4); not faster were
 0.214 and 0.201 (125M, 2:4), 0.276 and 0.250 (125M, 4:8), 3.12 and 3.07 (6.7B, 2:4), 3.4 and 3.26 (6.7B, 4:8). Others were not measured.
+"""
+
+_FASTER_HALVES: dict[int, tuple[int, ...]] = {4: (768,), 8: ()}
+"""By the pattern's group, widths of models whose layers in two kernels each were faster than the other forms on an H200.
+
+In µs of a step, 2:4: 137 and 162 (125M); not faster were 696 and 623 (1.3B). 4:8 was not measured.
 """
 
 KEPT_CACHES = 2
@@ -50,6 +59,7 @@ class CudaRunner(Runner):
     """
     Attributes:
         whole: the step in one kernel that serves single rows, or None where the model has none.
+        halves: the layers in two kernels each that serve single rows, or None where the model has none or has ``whole``.
     """
 
     name = "cuda graphs"
@@ -59,10 +69,12 @@ class CudaRunner(Runner):
         # Steps of one model never run at once and leave nothing but the state: their graphs share their memory.
         self._pool = torch.cuda.graph_pool_handle()
         self._kept: OrderedDict[tuple[int, int], _Captured] = OrderedDict()
-        self.whole = _whole(self.weights)
+        self.whole, self.halves = _single(self.weights)
 
     def path(self, batch: int) -> str:
-        return "one kernel per step" if batch == 1 and self.whole is not None else self.name
+        if batch > 1 or (self.whole is None and self.halves is None):
+            return self.name
+        return "one kernel per step" if self.whole is not None else "two kernels per layer"
 
     def batch_bucket(self, batch: int) -> int:
         return next(bucket for bucket in _BUCKETS if bucket >= batch)
@@ -86,9 +98,14 @@ class CudaRunner(Runner):
         return kept
 
     def logits(self, cache: Cache) -> Tensor:
-        if cache.batch > 1 or self.whole is None:
-            return super().logits(cache)
-        return self.whole(cache.k, cache.v, cache.state, greedy=False)
+        if cache.batch == 1 and self.whole is not None:
+            return self.whole(cache.k, cache.v, cache.state, greedy=False)
+        if cache.batch == 1 and self.halves is not None:
+            w, state = self.weights, cache.state
+            h = self._empty(1, w.hidden)
+            embed(state.tokens, state.lengths, Embedding(w.tokens, w.positions, h))
+            return w.head(self.halves(h, cache.k, cache.v, state.lengths))
+        return super().logits(cache)
 
     def _once(self, cache: Cache, choice: Choice) -> None:
         if cache.batch == 1 and self.whole is not None and choice == Choice():
@@ -122,20 +139,27 @@ class CudaRunner(Runner):
         return graph
 
 
-def _whole(weights: DecoderWeights) -> WholeStep | None:
+def _single(weights: DecoderWeights) -> tuple[WholeStep | None, HalfLayers | None]:
+    """What serves single rows: a step in one kernel, or layers in two, or neither."""
     wanted = os.environ.get(VARIABLE) or "auto"
-    if wanted not in ("auto", "one-kernel", "kernels"):
-        raise InputError(f"{VARIABLE} is {wanted!r}: use auto, one-kernel or kernels")
+    if wanted not in ("auto", "half-layers", "one-kernel", "kernels"):
+        raise InputError(f"{VARIABLE} is {wanted!r}: use auto, half-layers, one-kernel or kernels")
     if wanted == "kernels":
-        return None
+        return None, None
+    if wanted != "one-kernel":
+        halves = half_layers(weights)
+        if not isinstance(halves, str) and (wanted == "half-layers" or weights.hidden in _FASTER_HALVES[halves.dimensions.group]):
+            return None, halves
+        if wanted == "half-layers":
+            raise InputError(f"{VARIABLE} asks for layers in two kernels, and the model {halves}; auto runs its kernels one by one")
     made = whole_step(weights)
     if isinstance(made, str):
         if wanted == "one-kernel":
             raise InputError(f"{VARIABLE} asks for a step in one kernel, and the model {made}; auto runs its kernels one by one")
-        return None
+        return None, None
     # Measured with a head of 16-bit values.
     faster = made.tensors.head_scales is None and weights.hidden in _FASTER[made.dimensions.group]
-    return made if wanted == "one-kernel" or faster else None
+    return (made if wanted == "one-kernel" or faster else None), None
 
 
 def _copy(value: Any) -> Any:

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_engine import value_types
+from sparse_engine.engine.kernels.head import head_row, suits
 from sparse_engine.engine.kernels.int8 import int8_linear
 from sparse_engine.linear import SparseLinear
 
-__all__ = ["DenseProduct", "Int8Product", "PackedProduct", "Product", "SideBySide", "int8_head", "product", "stacked"]
+__all__ = ["DenseProduct", "HeadProduct", "Int8Product", "PackedProduct", "Product", "SideBySide", "int8_head", "product", "stacked"]
 
 
 class Product(ABC):
@@ -49,6 +50,20 @@ class DenseProduct(Product):
             # cuBLASLt applies the ReLU in its epilogue.
             return torch._addmm_activation(self.bias, x, self.transposed)
         y = F.linear(x, self.weight, self.bias)
+        return F.relu(y) if relu else y
+
+
+class HeadProduct(DenseProduct):
+    """The output head (V, E), which a kernel of its own multiplies by single rows on a GPU."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight, None)
+        self.alone = suits(weight)
+
+    def __call__(self, x: Tensor, *, relu: bool = False) -> Tensor:
+        if not self.alone or x.numel() != x.shape[-1]:
+            return super().__call__(x, relu=relu)
+        y = head_row(x, self.weight)
         return F.relu(y) if relu else y
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparse_engine.engine.product import DenseProduct, Int8Product, Product, product, stacked
+from sparse_engine.engine.product import HeadProduct, Int8Product, Product, product, stacked
 from sparse_engine.errors import InputError
 from sparse_engine.linear import SparseLinear
 
@@ -111,7 +111,7 @@ def _head(model: Any) -> Product:
     wanted, weight = getattr(model.config, "head_values", None), model.lm_head.weight.detach()
     if wanted not in (None, "int8"):
         raise InputError(f"head_values is {wanted!r} in the model's config: it is int8 or None")
-    return DenseProduct(weight, None) if wanted is None else Int8Product(weight)
+    return HeadProduct(weight) if wanted is None else Int8Product(weight)
 
 
 def why_not(model: Any) -> str | None:

@@ -23,7 +23,8 @@ from sparse_engine import SparseOPTForCausalLM, cuda
 from sparse_engine.engine.cuda import VARIABLE as STEP
 from sparse_engine.engine.cuda import CudaRunner
 from sparse_engine.engine.generation import VARIABLE
-from sparse_engine.engine.kernels.decode_model import Dimensions, LayerTensors, WholeStep, _Params
+from sparse_engine.engine.kernels.decode_model import Dimensions, WholeStep, _Params
+from sparse_engine.engine.kernels.layer_tensors import LayerTensors
 from sparse_engine.engine.runner import Runner, runner_for
 from sparse_engine.engine.weights import DecoderWeights
 from sparse_engine.engine.whole import whole_step
@@ -199,5 +200,5 @@ def test_the_variable_decides(tiny_opt: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(InputError, match="asks for a step in one kernel, and the model computes in"):
         runner_for(small_opt("2:4", dtype=torch.float32).to("cuda").eval())
     monkeypatch.setenv(STEP, "two")
-    with pytest.raises(InputError, match="use auto, one-kernel or kernels"):
+    with pytest.raises(InputError, match="use auto, half-layers, one-kernel or kernels"):
         runner_for(small_opt("2:4").to("cuda").eval())

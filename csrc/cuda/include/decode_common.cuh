@@ -135,7 +135,7 @@ __device__ __forceinline__ float4 cluster_read(u32 address, int rank) {
   return v;
 }
 
-__device__ __forceinline__ void add(float4& sum, const float4& v) {
+__device__ __forceinline__ void add_four(float4& sum, const float4& v) {
   sum.x += v.x;
   sum.y += v.y;
   sum.z += v.z;
@@ -149,14 +149,44 @@ __device__ __forceinline__ float epilogue(const Params& p, float v, u16 bias, u1
   return v;
 }
 
-// Four rows of the product for activation row n, of which those from p.rows on are padding.
-__device__ __forceinline__ void store_four(const Params& p, int n, int row, const float4& sums) {
+// What the epilogue adds to the sums of a single activation row, copied to shared memory while the product is made: their way from memory
+// would come on top. A thread copies what it will add itself. It is the last of a block's shared memory where there is one n-tile.
+struct Addends {
+  ushort4 bias[BLOCK_ROWS / 4], residual[BLOCK_ROWS / 4];
+};
+
+__device__ __forceinline__ Addends& addends(unsigned char* smem) {
+  u32 bytes;
+  asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
+  return *(Addends*)(smem + bytes - sizeof(Addends));
+}
+
+__device__ __forceinline__ bool adds_alone(const Params& p) { return N_TILES == 1 && p.m == 1 && gridDim.y == 1 && p.y_vector; }
+
+__device__ __forceinline__ void copy_addend(const Params& p, int group, ushort4* target, const u16* source) {
+  const int row = group * BLOCK_ROWS + threadIdx.x * 4;
+  if (!source || !adds_alone(p) || threadIdx.x >= BLOCK_ROWS / 4 || row >= p.rows) return;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(target + threadIdx.x)), "l"(source + row) : "memory");
+}
+
+// No kernel writes the bias, so that its copy may start before predecessors have ended; both belong to the next group that is committed.
+__device__ __forceinline__ void copy_bias(const Params& p, int group, Addends& add) { copy_addend(p, group, add.bias, p.bias); }
+__device__ __forceinline__ void copy_residual(const Params& p, int group, Addends& add) { copy_addend(p, group, add.residual, p.residual); }
+
+// Four rows of the product for activation row n, of which those from p.rows on are padding; `add` is null or holds what was copied.
+__device__ __forceinline__ void store_four(const Params& p, int n, int row, const float4& sums, const Addends* add = nullptr) {
   const float v[4] = {sums.x, sums.y, sums.z, sums.w};
   const size_t at = (size_t)n * p.rows + row;
   if (p.y_vector) {
     if (row >= p.rows) return;
-    const ushort4 bias = p.bias ? *(const ushort4*)(p.bias + row) : make_ushort4(0, 0, 0, 0);
-    const ushort4 residual = p.residual ? *(const ushort4*)(p.residual + at) : make_ushort4(0, 0, 0, 0);
+    ushort4 bias = make_ushort4(0, 0, 0, 0), residual = bias;
+    if (add && adds_alone(p)) {
+      bias = add->bias[threadIdx.x];
+      residual = add->residual[threadIdx.x];
+    } else {
+      if (p.bias) bias = *(const ushort4*)(p.bias + row);
+      if (p.residual) residual = *(const ushort4*)(p.residual + at);
+    }
     *(ushort4*)(p.y + at) =
         make_ushort4(from_float(epilogue(p, v[0], bias.x, residual.x)), from_float(epilogue(p, v[1], bias.y, residual.y)),
                      from_float(epilogue(p, v[2], bias.z, residual.z)), from_float(epilogue(p, v[3], bias.w, residual.w)));
@@ -188,8 +218,8 @@ __device__ __forceinline__ void collect(float* red, const Params& p, float (&acc
 }
 
 // Sums what the warps have collected over k-warps and cluster blocks and writes y's rows of block row `group`; every thread of the block
-// calls it, after a barrier.
-__device__ __forceinline__ void finish_and_store(float* sums, const Params& p, int group) {
+// calls it, after a barrier. `add` is null or holds what was copied for the group.
+__device__ __forceinline__ void finish_and_store(float* sums, const Params& p, int group, const Addends* add = nullptr) {
   constexpr int PITCH = RED_PITCH / 4, FOURS = BLOCK_ROWS / 4;
   float4* red = (float4*)sums;
   const int plane = staged_rows(p.m) * PITCH, first_row = group * BLOCK_ROWS, splits = gridDim.y, rank = blockIdx.y;
@@ -199,9 +229,9 @@ __device__ __forceinline__ void finish_and_store(float* sums, const Params& p, i
       float4 sum = red[n * PITCH + four];
 #pragma unroll
       for (int k = 1; k < WARPS_K; ++k)
-        add(sum, red[k * plane + n * PITCH + four]);
+        add_four(sum, red[k * plane + n * PITCH + four]);
       if (splits == 1)
-        store_four(p, n, first_row + four * 4, sum);
+        store_four(p, n, first_row + four * 4, sum, add);
       else
         red[n * PITCH + four] = sum;
     }
@@ -219,17 +249,18 @@ __device__ __forceinline__ void finish_and_store(float* sums, const Params& p, i
     float4 sum = parts[0];
 #pragma unroll
     for (int s = 1; s < 8; ++s)
-      if (s < splits) add(sum, parts[s]);
+      if (s < splits) add_four(sum, parts[s]);
     store_four(p, n, first_row + four * 4, sum);
   }
   // A block may not leave while others still read its shared memory.
   cluster_sync();
 }
 
-__device__ __forceinline__ void reduce_and_store(unsigned char* smem, const Params& p, float (&acc)[ROW_TILES][N_TILES][4]) {
+__device__ __forceinline__ void reduce_and_store(unsigned char* smem, const Params& p, float (&acc)[ROW_TILES][N_TILES][4],
+                                                 const Addends& add) {
   asm volatile("cp.async.wait_group 0;" ::: "memory");
   __syncthreads();
   collect((float*)smem, p, acc);
   __syncthreads();
-  finish_and_store((float*)smem, p, blockIdx.x);
+  finish_and_store((float*)smem, p, blockIdx.x, &add);
 }

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from sparse_engine.engine.kernels import launching
+from sparse_engine.engine.kernels.layer_tensors import LayerTensors
 from sparse_engine.engine.kernels.sample import DecodeState, StateParams
 from sparse_engine.errors import InputError
 
-__all__ = ["Dimensions", "LayerTensors", "ModelTensors", "WholeStep"]
+__all__ = ["Dimensions", "ModelTensors", "WholeStep"]
 
 # As in the source.
 _WARPS = 15
@@ -23,27 +24,6 @@ _UNIT = 256
 
 _PART_POSITIONS = 64
 _SETS = 2
-
-
-@dataclass(frozen=True, slots=True)
-class LayerTensors:
-    """A layer's weights in the order of ``Layer`` in the source: four packed products in fragment order, their biases, two LayerNorms."""
-
-    qkv: Tensor
-    out: Tensor
-    fc1: Tensor
-    fc2: Tensor
-    qkv_bias: Tensor
-    out_bias: Tensor
-    fc1_bias: Tensor
-    fc2_bias: Tensor
-    attention_scale: Tensor
-    ffn_scale: Tensor
-    attention_shift: Tensor
-    ffn_shift: Tensor
-
-    def pointers(self) -> list[int]:
-        return [getattr(self, name).data_ptr() for name in self.__dataclass_fields__]
 
 
 @dataclass(frozen=True, slots=True)
