@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,9 +43,12 @@ def call_of(pattern: str, packed: PackedWeight, layout: Layout, x: torch.Tensor,
 @pytest.mark.parametrize("here", [H200, A100], ids=lambda here: here.arch)
 @pytest.mark.parametrize("pattern", list(PATTERNS))
 def test_some_form_runs_any_number_of_rows(pattern: str, here: cuda_prefill.Gpu) -> None:
+    # The same GPU by a name that no table has: there estimates choose.
+    unmeasured = replace(here, name="GPU without a table")
     for m in (129, 256, 300, 8192, 100000):
-        form, config = cuda_prefill.choose(NAMES[pattern], pattern, BF16, 4096, 4096, cuda_prefill.bucket_of(m), here)
-        assert config in form.configs(pattern, 4096, 4096, min(m, 8192), here)
+        for gpu in (here, unmeasured):
+            form, config = cuda_prefill.choose(NAMES[pattern], pattern, BF16, 4096, 4096, cuda_prefill.bucket_of(m), gpu)
+            assert config in form.configs(pattern, 4096, 4096, min(m, 8192), gpu)
         assert not form.needs_measuring
     for rows, columns in ((768, 768), (36864, 9216)):
         for form, configs in cuda_prefill.offered(pattern, rows, columns, 2048, here):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_products import nvcc
-from decoding import admitted, copied, small_opt
+from decoding import admitted, copied, same_generation_with_and_without, small_opt
 from products import relative_error
 
 from sparse_engine import cuda
@@ -118,18 +118,7 @@ def test_a_step_matches_the_kernels_one_by_one(nm: str, dtype: torch.dtype, size
 @pytest.mark.gpu
 def test_generation_is_the_same_with_and_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "engine")
-    model = small_opt("2:4", dtype=torch.float16).to("cuda").eval()
-    ids = torch.randint(4, 300, (1, 37), generator=torch.Generator().manual_seed(3)).cuda()
-    runner: Any = runner_for(model)
-    cases: list[dict[str, Any]] = [{}, {"repetition_penalty": 1.4}, {"eos_token_id": None}, {"do_sample": True, "top_k": 1}]
-    found = []
-    for halves in (runner.halves, None):
-        runner.halves = halves
-        runner._kept.clear()
-        outputs = [model.generate(ids, **({"max_new_tokens": 40, "do_sample": False} | case)).tolist() for case in cases]
-        assert model.generation_path == f"engine ({'two kernels per layer' if halves else 'cuda graphs'})"
-        found.append(outputs)
-    assert found[0] == found[1]
+    same_generation_with_and_without("halves", "two kernels per layer")
 
 
 @pytest.mark.gpu

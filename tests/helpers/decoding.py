@@ -12,7 +12,7 @@ from transformers.models.opt.configuration_opt import OPTConfig
 
 from sparse_engine import SparseOPTForCausalLM
 from sparse_engine.engine.choice import Choice
-from sparse_engine.engine.runner import Cache, Runner
+from sparse_engine.engine.runner import Cache, Runner, runner_for
 
 
 def small_opt(nm: str, **settings: Any) -> Any:
@@ -46,3 +46,19 @@ def copied(cache: Cache) -> Cache:
     state = cache.state
     tensors = {f.name: v.clone() if isinstance(v := getattr(state, f.name), Tensor) else v for f in fields(state)}
     return Cache(cache.k.clone(), cache.v.clone(), replace(state, **tensors))
+
+
+def same_generation_with_and_without(attribute: str, path: str) -> None:
+    """Options of ``generate`` give the same tokens with what a GPU runner has as ``attribute``, whose path is ``path``, and without it."""
+    model = small_opt("2:4", dtype=torch.float16).to("cuda").eval()
+    ids = torch.randint(4, 300, (1, 37), generator=torch.Generator().manual_seed(3)).cuda()
+    runner: Any = runner_for(model)
+    cases: list[dict[str, Any]] = [{}, {"repetition_penalty": 1.4}, {"eos_token_id": None}, {"do_sample": True, "top_k": 1}]
+    found = []
+    for single in (getattr(runner, attribute), None):
+        setattr(runner, attribute, single)
+        runner._kept.clear()
+        outputs = [model.generate(ids, **({"max_new_tokens": 40, "do_sample": False} | case)).tolist() for case in cases]
+        assert model.generation_path == f"engine ({path if single else 'cuda graphs'})"
+        found.append(outputs)
+    assert found[0] == found[1]
