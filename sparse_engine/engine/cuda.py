@@ -31,11 +31,12 @@ __all__ = ["KEPT_CACHES", "VARIABLE", "CudaRunner"]
 VARIABLE = "SPARSE_ENGINE_STEP"
 """Environment variable: "auto" (default), "half-layers" or "one-kernel" (refuse a model that has no such step), or "kernels" (neither)."""
 
-_FASTER: dict[int, tuple[int, ...]] = {4: (2048, 5120), 8: (2048,)}
-"""By the pattern's group, widths of models whose step in one kernel was faster on an H100 than its kernels one by one.
+_FASTER: dict[int, tuple[int, ...]] = {4: (5120,), 8: ()}
+"""By the pattern's group, widths of models whose step in one kernel was faster than its kernels one by one.
 
-In ms behind a prompt of 512 tokens: 0.71 and 0.83 (1.3B, 2:4), 0.83 and 0.92 (1.3B, 4:8), 5.79 and 5.97 (13B, 2:4); not faster were
-0.214 and 0.201 (125M, 2:4), 0.276 and 0.250 (125M, 4:8), 3.12 and 3.07 (6.7B, 2:4), 3.4 and 3.26 (6.7B, 4:8). Others were not measured.
+In ms behind a prompt of 512 tokens, on an H100: 5.79 and 5.97 (13B, 2:4); not faster were 0.214 and 0.201 (125M, 2:4), 0.276 and 0.250
+(125M, 4:8), 3.12 and 3.07 (6.7B, 2:4), 3.4 and 3.26 (6.7B, 4:8), nor on an H200 0.627 and 0.623 (1.3B, 2:4), 0.783 and 0.695 (1.3B, 4:8).
+Others were not measured.
 """
 
 _FASTER_HALVES: dict[int, tuple[int, ...]] = {4: (768,), 8: ()}
