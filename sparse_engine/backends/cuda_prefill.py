@@ -7,7 +7,7 @@ this GPU where a tuning table has one (its first field is the form's name), else
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
@@ -22,6 +22,7 @@ from sparse_engine.discovery import import_all
 from sparse_engine.registry import ROW_BUCKETS, Config, Problem
 
 __all__ = [
+    "FEWEST_MEASURED_ROWS",
     "FEWEST_ROWS",
     "TENSOR_FLOPS_PER_US",
     "Call",
@@ -40,7 +41,9 @@ __all__ = [
 ]
 
 FEWEST_ROWS = 129
-"""Activation rows from which forms are asked; fewer are one launch of a decode kernel."""
+"""Activation rows from which a form runs; fewer are one launch of a decode kernel, unless a form was measured to be faster."""
+FEWEST_MEASURED_ROWS = 33
+"""Activation rows from which forms that can run so few are measured."""
 TENSOR_FLOPS_PER_US = 7.5e8
 """A common rate of dense products on an H200, for estimates."""
 
@@ -96,11 +99,13 @@ class Form(ABC):
         name: what configurations of tuning tables begin with.
         patterns: those it reads the layouts of.
         needs_measuring: it runs only where tuning has found it to be right and the fastest; estimates never choose it.
+        fewest_rows: activation rows from which it is worth measuring.
     """
 
     name: ClassVar[str]
     patterns: ClassVar[frozenset[str]]
     needs_measuring: ClassVar[bool] = False
+    fewest_rows: ClassVar[int] = FEWEST_ROWS
 
     def unsupported(self, here: Gpu) -> str | None:
         """Why it cannot run on this GPU, or None."""
@@ -147,9 +152,11 @@ def parse(pattern: str, config: Config, here: Gpu) -> Form | None:
 
 
 def offered(pattern: str, rows: int, columns: int, m: int, here: Gpu) -> list[tuple[Form, Sequence[Config]]]:
-    """The forms that are worth measuring for m activation rows, with their configurations."""
-    found = [(form, form.configs(pattern, rows, columns, m, here)) for form in _forms(pattern, here)]
-    return [(form, configs) for form, configs in found if configs]
+    """The forms that are worth measuring for m activation rows, with their configurations, those of the lowest estimates first."""
+    able = [form for form in _forms(pattern, here) if m >= form.fewest_rows]
+    found = [(form, form.configs(pattern, rows, columns, m, here)) for form in able]
+    worth = [(form, configs) for form, configs in found if configs]
+    return sorted(worth, key=lambda each: each[0].estimate_us(pattern, rows, columns, m, here))
 
 
 def bucket_of(m: int) -> int:
@@ -158,14 +165,14 @@ def bucket_of(m: int) -> int:
 
 
 @cache
-def choose(kernel: str, pattern: str, dtype: torch.dtype, rows: int, columns: int, bucket: int, here: Gpu) -> tuple[Form, Config]:
-    """Form and configuration for a bucket of activation rows."""
+def choose(kernel: str, pattern: str, dtype: torch.dtype, rows: int, columns: int, bucket: int, here: Gpu) -> tuple[Form, Config] | None:
+    """Form and configuration for a bucket of activation rows, or None where a decode kernel is to run them."""
     measured = tuning.lookup(here.name, pattern, dtype, (rows, columns), bucket).get(kernel)
-    if measured is not None and (form := parse(pattern, measured.config, here)) is not None:
+    if measured is not None and (form := parse(pattern, measured.config, here)) is not None and form.fewest_rows <= bucket:
         return form, measured.config
-    form, own = min(
-        _estimated(pattern, rows, columns, bucket, here), key=lambda each: each[0].estimate_us(pattern, rows, columns, bucket, here)
-    )
+    if bucket < FEWEST_ROWS:
+        return None
+    form, own = _estimated(pattern, rows, columns, bucket, here)[0]
     return form, own[0]
 
 
@@ -173,16 +180,20 @@ def _estimated(pattern: str, rows: int, columns: int, m: int, here: Gpu) -> list
     return [each for each in offered(pattern, rows, columns, m, here) if not each[0].needs_measuring]
 
 
-def product(kernel: str, call: Call) -> Tensor:
+def product(kernel: str, call: Call) -> Tensor | None:
     """Run ``call`` with the form and configuration chosen for its shape and rows; ``kernel`` is the name that tables have them under.
+
+    None where a decode kernel is to run it.
 
     Raises:
         InputError: shapes, types or devices do not fit.
         KernelUnavailableError: the form cannot be compiled or launched.
     """
-    check_arguments(call.x, call.weight, call.bias, call.residual, call.rows, call.columns)
     here = gpu(call.x.device.index)
-    form, config = choose(kernel, call.pattern, call.x.dtype, call.rows, call.columns, bucket_of(call.m), here)
+    if (chosen := choose(kernel, call.pattern, call.x.dtype, call.rows, call.columns, bucket_of(call.m), here)) is None:
+        return None
+    form, config = chosen
+    check_arguments(call.x, call.weight, call.bias, call.residual, call.rows, call.columns)
     with torch.cuda.device(call.x.device):
         return form.run(call, config)
 
@@ -201,9 +212,14 @@ def _asked(problem: Problem) -> tuple[str, int, int, int, Gpu]:
     return tuning.pattern_key(problem.pattern), problem.out_features, problem.in_features, problem.rows, _here()
 
 
-def configs_of(problem: Problem) -> list[Config]:
-    """What tuning measures for ``problem``: the configurations of every form."""
-    return [config for _, configs in offered(*_asked(problem)) for config in configs]
+def configs_of(problem: Problem, decode: Callable[[], Sequence[Config]]) -> list[Config]:
+    """What tuning measures for ``problem``: the configurations of every form and, of few activation rows, what ``decode`` gives."""
+    forms = [config for _, configs in offered(*_asked(problem)) for config in configs]
+    if problem.rows >= FEWEST_ROWS:
+        return forms
+    # The likely ones of both first, should a tuning run be short of time.
+    own = decode()
+    return [*own[:2], *forms[:4], *own[2:], *forms[4:]]
 
 
 def compilations_of(problem: Problem, config: Config) -> Compilations:
@@ -215,5 +231,5 @@ def compilations_of(problem: Problem, config: Config) -> Compilations:
 
 def estimate_of(problem: Problem) -> float:
     """The lowest estimate of any form, as for an H200 where no GPU is at hand."""
-    pattern, rows, columns, m, here = _asked(problem)
-    return min(form.estimate_us(pattern, rows, columns, m, here) for form, _ in _estimated(pattern, rows, columns, m, here))
+    asked = _asked(problem)
+    return _estimated(*asked)[0][0].estimate_us(*asked)

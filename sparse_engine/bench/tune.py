@@ -136,7 +136,7 @@ def tune(
 
     Args:
         only: names of the kernels to measure; all if empty.
-        seconds: time per bucket for trying configurations, shared by its kernels; what one leaves over goes to the next.
+        seconds: time per bucket for trying configurations, shared evenly by its kernels; what one leaves over goes to the next.
         report: called with each bucket's result.
     """
     outcome = Outcome()
@@ -213,7 +213,8 @@ class _Weight:
         left = seconds
         for i, kernel in enumerate(kernels):
             self.copies(kernel)
-            begun, share = time.perf_counter(), left / (len(kernels) - i)
+            # A library's own search may take all that is left: the others have their even share of the whole nevertheless.
+            begun, share = time.perf_counter(), max(left / (len(kernels) - i), seconds / len(kernels))
             for config in self._ordered(kernel, problem, bucket.rows):
                 if time.perf_counter() - begun > share and any(c.kernel is kernel for c in tried):
                     break
