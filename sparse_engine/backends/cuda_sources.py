@@ -250,7 +250,7 @@ def whole_lines(nbytes: int) -> int:
 
 
 def fit(source: Source, tile: Tile, m: int, depth: int, here: Gpu) -> Tile:
-    """``tile`` with as many warps as its shared memory allows, and without splits where there are no clusters.
+    """``tile`` with as many warps and slots as its shared memory allows, and without splits where there are no clusters.
 
     Raises:
         KernelUnavailableError: not even one is allowed.
@@ -267,6 +267,9 @@ def fit(source: Source, tile: Tile, m: int, depth: int, here: Gpu) -> Tile:
             tile = replace(tile, warps_row=tile.warps_row - 4)
         elif tile.warps_k > least:
             tile = replace(tile, warps_k=max(tile.warps_k // 2 // least * least, least))
+        elif isinstance(source, WarpgroupSource) and tile.stages > 2:
+            # Units deeper than what the buffers of activations were made for.
+            tile = replace(tile, stages=tile.stages - 1)
         else:
             raise KernelUnavailableError(f"{m} rows need {needed} bytes of shared memory a block, and this GPU has {here.shared_limit}")
     return tile

@@ -97,7 +97,7 @@ _WARPGROUPS = {
 _AT_ONCE = {1: 1.0, 2: 1.0, 3: 0.95, 4: 0.91, 6: 0.82, 8: 0.91}
 """The part of a GPU that clusters of so many blocks can fill: they lie within a group of its multiprocessors (measured for 2, 4, 8)."""
 _STREAMED = {
-    "nm": ((8, 3, 1, 1), (12, 2, 1, 1), (12, 3, 1, 1), (4, 3, 2, 1), (8, 3, 1, 2)),
+    "nm": ((8, 3, 1, 1), (12, 2, 1, 1), (12, 3, 1, 1), (4, 3, 2, 1), (8, 3, 1, 2), (12, 2, 1, 2)),
     "unstructured": ((8, 2, 1, 1), (12, 2, 1, 1)),
 }
 """(warps_row, slots, blocks on a multiprocessor, cluster)"""

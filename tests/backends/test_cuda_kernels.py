@@ -176,8 +176,10 @@ def test_kernels_on_mma_compile_for_ampere(pattern: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("m", [1, 2, 7, 8, 9, 16, 17, 64, 128])
 @pytest.mark.parametrize("shape", [(768, 768), (768, 3072), (1, 8), (2048, 2048), (36864, 9216), (9216, 36864)], ids=str)
 def test_chosen_tiles_fit_the_gpu(shape: tuple[int, int], m: int) -> None:
-    for pattern, depth in (("2:4", 0), ("4:8", 0), ("unstructured", 64)):
-        source, tile = cuda_tiles.choose(KERNEL_NAMES[pattern], pattern, torch.bfloat16, *shape, m, H200)
+    # The same GPU by a name that no table has: there a rule chooses.
+    names, layouts = (H200.name, "GPU without a table"), (("2:4", 0), ("4:8", 0), ("unstructured", 64))
+    for name, (pattern, depth) in itertools.product(names, layouts):
+        source, tile = cuda_tiles.choose(KERNEL_NAMES[pattern], pattern, torch.bfloat16, *shape, m, replace(H200, name=name))
         count = min(m, source.max_rows)
         tile = cuda_decode.fit(source, tile, count, depth, H200)
         assert count <= 8 * tile.n_tiles
