@@ -24,7 +24,6 @@ struct Weights {
   u64 policy;
   Sequence sequence;
 
-
   // Units come from tile to tile by themselves.
   __device__ __forceinline__ void start(const Params&, int, int) {}
 

@@ -67,6 +67,7 @@ struct BulkSupply {
 // The values of the row tiles 4 b + w of each tile of the block, for warp w of the producers.
 struct StoredSupply {
   static constexpr int TILES = M_BLOCKS * CONSUMERS;
+  static_assert(UNIT_STAGES % AHEAD == 0, "registers are known at compile time");
   Schedule tiles; // of the values that are loaded next, as is unit
   int begin, end, unit;
   u32 source[TILES], next[TILES]; // uint4 before the lane's part of the unit at hand, and of the one after it
@@ -106,8 +107,8 @@ struct StoredSupply {
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
         const uint4& v = values[s % AHEAD][b][step];
-        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"((target + b * 4096 + at) ^ step * 32), "r"(v.x),
-                     "r"(v.y), "r"(v.z), "r"(v.w)
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"((target + b * 4096 + at) ^ step * 32),
+                     "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                      : "memory");
       }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -69,7 +69,7 @@ struct Weights {
 #pragma unroll
           for (int mb = 0; mb < M_BLOCKS; ++mb)
             wgmma_sparse_shared<0>(d[mb], describe_rows64(weights + mb * BLOCK_BYTES + step * 32), describe(buffer + step * 64),
-                                positions[stage][mb][step]);
+                                   positions[stage][mb][step]);
         commit_products();
         x.close(true, true);
       }

@@ -31,7 +31,6 @@ struct Weights {
   Slots slots;
   Sequence sequence;
 
-
   // Units come from tile to tile by themselves.
   __device__ __forceinline__ void start(const Params&, int, int) {}
 

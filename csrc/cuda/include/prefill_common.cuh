@@ -23,7 +23,8 @@
 // A kernel is a struct of what its consumers do with W:
 //   Weights(p, smem, fragment, unit, rounds)   by a consumer warp, which has row tile `fragment` of 16 of every tile of the block, and of
 //                                              it `rounds` units of UNIT columns from `unit` on
-//   Supply                                     what producer warps do for it, buffer by buffer, or NoSupply: into the WEIGHT_STAGE_BYTES behind
+//   Supply                                     what producer warps do for it, buffer by buffer, or NoSupply: into the WEIGHT_STAGE_BYTES
+//   behind
 //                                              x, by bulk copies or, where STORING_WARPS is 4, by stores of all warps of the producer
 //                                              warpgroup, each of which arrives at the buffer's barrier
 //   void start(p, tile, unit)                  row tile `tile` (of m64 block 0; 4 per further block), from `unit` on, is next; may load
@@ -60,13 +61,15 @@
 #define STAGING_AT (STAGES * STAGE_BYTES)
 #define CHUNK_TOKENS 32
 // Chunks of sums on their way to y, per consumer warpgroup: 2, and threads write them, or more, and tensor stores do while the next tile
-// runs.
+// runs. As many leave together as the room allows.
 #ifndef STORES
 #define STORES 2
 #endif
 #ifndef TENSOR_STORES
 #define TENSOR_STORES (STORES > 2)
 #endif
+#define BLOCK_CHUNKS (TILE_TOKENS / CHUNK_TOKENS)
+#define LEAVING (STORES >= BLOCK_CHUNKS * (M_BLOCKS > 1 ? 2 : 1) ? BLOCK_CHUNKS : STORES / 2)
 #define STAGING_BYTES (STORES * CHUNK_TOKENS * 128)
 #define BARRIERS_AT (STAGING_AT + CONSUMERS * STAGING_BYTES)
 #define SUMS_PITCH (TILE_ROWS + 4)
@@ -167,13 +170,13 @@ __device__ __forceinline__ void tensor_copy(u32 target, const u64* map, int colu
 #if TENSOR_STORES
 // Starts copying a box from shared memory to column `column` and row `row` of y, but for what lies behind its end.
 __device__ __forceinline__ void tensor_store(const u64* map, u32 source, int column, int row) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];\n"
-               "cp.async.bulk.commit_group;" ::"l"(map),
-               "r"(source), "r"(column), "r"(row)
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(source), "r"(column), "r"(row)
                : "memory");
 }
 
-// Of this thread's stores, all but PENDING have read their shared memory.
+__device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Of this thread's committed groups of stores, all but PENDING have read their shared memory.
 template <int PENDING>
 __device__ __forceinline__ void wait_stores() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
@@ -247,7 +250,9 @@ struct Schedule {
 
   __device__ __forceinline__ Schedule() : at(blockIdx.x / CLUSTER) {}
 
-  static __device__ __forceinline__ int row_groups_of(const Params& p) { return (p.rows + TILE_ROWS * CLUSTER - 1) / (TILE_ROWS * CLUSTER); }
+  static __device__ __forceinline__ int row_groups_of(const Params& p) {
+    return (p.rows + TILE_ROWS * CLUSTER - 1) / (TILE_ROWS * CLUSTER);
+  }
   static __device__ __forceinline__ int token_tiles_of(const Params& p) { return (p.m + TILE_TOKENS - 1) / TILE_TOKENS; }
 
   __device__ __forceinline__ bool any(const Params& p) const { return at < row_groups_of(p) * token_tiles_of(p); }
@@ -354,15 +359,16 @@ struct Bias {
 // whole lines of y are written. `row` and `token` are the place of the warpgroup's first sum.
 __device__ __forceinline__ void store_tile(const Params& p, u32 thread, u32 staging, const Sum (&d)[M_BLOCKS][N_TILES][4],
                                            const Bias& biases, int row, int token) {
-  constexpr int CHUNKS = TILE_TOKENS / CHUNK_TOKENS;
+  constexpr int PLACES = STORES / LEAVING; // that chunks leave from in turn
   const int lane = thread & 31, warp = thread >> 5 & 3;
   // Of the four 8 x 8 matrices that a warp moves at a time: activation row and chunk of 16 bytes for which the lane gives the address.
   const u32 from = (lane >> 4) * 8 + (lane & 7), at = from * 128 + ((warp * 2 + (lane >> 3 & 1)) ^ (lane & 7)) * 16;
-  // The sums of the tile before have left their chunks, mostly long ago.
+  // The sums of the tile before have left, mostly long ago.
 #if TENSOR_STORES
   if ((thread & 127) == 0) wait_stores<0>();
 #endif
   warpgroup_sync(thread);
+  int turn = 0;
 #pragma unroll
   for (int mb = 0; mb < M_BLOCKS; ++mb) {
     const int first = row + mb * 64;
@@ -370,24 +376,25 @@ __device__ __forceinline__ void store_tile(const Params& p, u32 thread, u32 stag
     const float bias[2] = {to_float(biases.values[mb][0]), to_float(biases.values[mb][1])};
     const Scales scales(p, first + warp * 16 + (lane >> 2));
 #pragma unroll
-    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-      const int n = token + chunk * CHUNK_TOKENS, turn = mb * CHUNKS + chunk;
-      if (n >= p.m) break;
-      const u32 buffer = staging + turn % STORES * (CHUNK_TOKENS * 128);
-      // What was in the chunk has left it.
-      if (turn >= STORES) {
+    for (int begin = 0; begin < BLOCK_CHUNKS; begin += LEAVING) {
+      const int chunks = min(LEAVING, BLOCK_CHUNKS - begin), present = min(chunks, (p.m - token + CHUNK_TOKENS - 1) / CHUNK_TOKENS - begin);
+      if (present <= 0) break;
+      const u32 place = staging + turn % PLACES * (LEAVING * CHUNK_TOKENS * 128);
+      // What was there has left.
+      if (turn++ >= PLACES) {
 #if TENSOR_STORES
-        if ((thread & 127) == 0) wait_stores<STORES - 1>();
+        if ((thread & 127) == 0) wait_stores<PLACES - 1>();
 #endif
         warpgroup_sync(thread);
       }
       if (p.residual) {
-        fetch_chunk(p, thread, buffer, n, first);
+        for (int i = 0; i < present; ++i)
+          fetch_chunk(p, thread, place + i * (CHUNK_TOKENS * 128), token + (begin + i) * CHUNK_TOKENS, first);
         warpgroup_sync(thread);
       }
 #pragma unroll
-      for (int pair = 0; pair < CHUNK_TOKENS / 16; ++pair) {
-        const u32 address = buffer + pair * (16 * 128) + at;
+      for (int pair = 0; pair < chunks * (CHUNK_TOKENS / 16); ++pair) {
+        const u32 address = place + pair * (16 * 128) + at;
         u32 held[4] = {0, 0, 0, 0}, v[4];
         if (p.residual)
           asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -396,7 +403,7 @@ __device__ __forceinline__ void store_tile(const Params& p, u32 thread, u32 stag
                        : "memory");
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int nt = chunk * (CHUNK_TOKENS / 8) + pair * 2 + i / 2;
+          const int nt = begin * (CHUNK_TOKENS / 8) + pair * 2 + i / 2;
           const float2 sums = scales.apply(p, d[mb][nt], i % 2, token + nt * 8);
           float low = sums.x + bias[i % 2], high = sums.y + bias[i % 2];
           if (p.relu) low = fmaxf(low, 0.0f), high = fmaxf(high, 0.0f);
@@ -409,15 +416,19 @@ __device__ __forceinline__ void store_tile(const Params& p, u32 thread, u32 stag
       }
 #if TENSOR_STORES
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
       warpgroup_sync(thread);
+#if TENSOR_STORES
       if (p.y_vector) {
-        if ((thread & 127) == 0) tensor_store(p.y_map, buffer, first, n);
+        if ((thread & 127) != 0) continue;
+        for (int i = 0; i < present; ++i)
+          tensor_store(p.y_map, place + i * (CHUNK_TOKENS * 128), first, token + (begin + i) * CHUNK_TOKENS);
+        commit_stores();
         continue;
       }
-#else
-      warpgroup_sync(thread);
 #endif
-      write_chunk(p, thread, buffer, n, first);
+      for (int i = 0; i < present; ++i)
+        write_chunk(p, thread, place + i * (CHUNK_TOKENS * 128), token + (begin + i) * CHUNK_TOKENS, first);
     }
   }
 }
