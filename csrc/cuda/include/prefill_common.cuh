@@ -359,7 +359,7 @@ struct Bias {
 // whole lines of y are written. `row` and `token` are the place of the warpgroup's first sum.
 __device__ __forceinline__ void store_tile(const Params& p, u32 thread, u32 staging, const Sum (&d)[M_BLOCKS][N_TILES][4],
                                            const Bias& biases, int row, int token) {
-  constexpr int PLACES = STORES / LEAVING; // that chunks leave from in turn
+  constexpr int TURNS = (BLOCK_CHUNKS + LEAVING - 1) / LEAVING, PLACES = STORES / LEAVING;
   const int lane = thread & 31, warp = thread >> 5 & 3;
   // Of the four 8 x 8 matrices that a warp moves at a time: activation row and chunk of 16 bytes for which the lane gives the address.
   const u32 from = (lane >> 4) * 8 + (lane & 7), at = from * 128 + ((warp * 2 + (lane >> 3 & 1)) ^ (lane & 7)) * 16;
@@ -368,7 +368,6 @@ __device__ __forceinline__ void store_tile(const Params& p, u32 thread, u32 stag
   if ((thread & 127) == 0) wait_stores<0>();
 #endif
   warpgroup_sync(thread);
-  int turn = 0;
 #pragma unroll
   for (int mb = 0; mb < M_BLOCKS; ++mb) {
     const int first = row + mb * 64;
@@ -377,17 +376,25 @@ __device__ __forceinline__ void store_tile(const Params& p, u32 thread, u32 stag
     const Scales scales(p, first + warp * 16 + (lane >> 2));
 #pragma unroll
     for (int begin = 0; begin < BLOCK_CHUNKS; begin += LEAVING) {
-      const int chunks = min(LEAVING, BLOCK_CHUNKS - begin), present = min(chunks, (p.m - token + CHUNK_TOKENS - 1) / CHUNK_TOKENS - begin);
-      if (present <= 0) break;
+      const int turn = mb * TURNS + begin / LEAVING, chunks = min(LEAVING, BLOCK_CHUNKS - begin);
+      const int present = min(chunks, (p.m - token + CHUNK_TOKENS - 1) / CHUNK_TOKENS - begin);
+      if (present <= 0) {
+        // Waiting counts every turn.
+#if TENSOR_STORES
+        if ((thread & 127) == 0) commit_stores();
+#endif
+        continue;
+      }
       const u32 place = staging + turn % PLACES * (LEAVING * CHUNK_TOKENS * 128);
       // What was there has left.
-      if (turn++ >= PLACES) {
+      if (turn >= PLACES) {
 #if TENSOR_STORES
         if ((thread & 127) == 0) wait_stores<PLACES - 1>();
 #endif
         warpgroup_sync(thread);
       }
       if (p.residual) {
+#pragma unroll 1
         for (int i = 0; i < present; ++i)
           fetch_chunk(p, thread, place + i * (CHUNK_TOKENS * 128), token + (begin + i) * CHUNK_TOKENS, first);
         warpgroup_sync(thread);
@@ -421,12 +428,14 @@ __device__ __forceinline__ void store_tile(const Params& p, u32 thread, u32 stag
 #if TENSOR_STORES
       if (p.y_vector) {
         if ((thread & 127) != 0) continue;
+#pragma unroll 1
         for (int i = 0; i < present; ++i)
           tensor_store(p.y_map, place + i * (CHUNK_TOKENS * 128), first, token + (begin + i) * CHUNK_TOKENS);
         commit_stores();
         continue;
       }
 #endif
+#pragma unroll 1
       for (int i = 0; i < present; ++i)
         write_chunk(p, thread, place + i * (CHUNK_TOKENS * 128), token + (begin + i) * CHUNK_TOKENS, first);
     }
