@@ -1,4 +1,4 @@
-"""Every decode and prefill kernel under compute-sanitizer, on weights a little larger than a tile: no access outside its tensors, no race."""
+"""Every decode and prefill kernel under compute-sanitizer, on weights a little larger than a tile: it stays in its tensors, without races."""
 
 from __future__ import annotations
 
