@@ -1,4 +1,4 @@
-"""Every decode and prefill kernel under compute-sanitizer, on weights a little larger than a tile: it stays in its tensors, without races."""
+"""Every decode and prefill kernel under compute-sanitizer, on weights a little larger than a tile: no access outside, no race."""
 
 from __future__ import annotations
 
