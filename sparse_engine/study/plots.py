@@ -9,7 +9,7 @@ from typing import Any
 
 from sparse_engine.errors import InputError
 
-__all__ = ["quality_plot"]
+__all__ = ["quality_plot", "spread_out"]
 
 _MARKERS = "osD^vP*X"
 
@@ -17,7 +17,8 @@ _MARKERS = "osD^vP*X"
 def quality_plot(lines: Sequence[Mapping[str, Any]], x: str, label: str, *, y: str = "test_rougeL", log: bool = False) -> str | None:
     """Test ROUGE-L with its 95 % interval over the column ``x``, one point per row; None where no row has both.
 
-    Colour tells the pruning and marker the technique.
+    Colour tells the pruning and marker the technique. Rows' names stand in a column beside the axes, with lines to their points, which
+    may lie close together.
 
     Raises:
         InputError: matplotlib is not installed.
@@ -34,26 +35,53 @@ def quality_plot(lines: Sequence[Mapping[str, Any]], x: str, label: str, *, y: s
     markers = {name: _MARKERS[i % len(_MARKERS)] for i, name in enumerate(dict.fromkeys(str(p["technique"]) for p in points))}
     # A fixed salt and no date give the same file for the same figures; text stays text.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "study", "font.size": 9}):
-        figure = figure_module.Figure(figsize=(8.5, 5), layout="constrained")
+        legends = 2 + -(-(len(colours) + len(markers)) // 3)
+        figure = figure_module.Figure(figsize=(9, max(4.5, 0.17 * len(points)) + 0.17 * legends), layout="constrained")
         axes = figure.subplots()
         for p in points:
             colour, marker = colours[f"{p['pruning']} {p['sparsity']}"], markers[str(p["technique"])]
             spread = [[p[y] - p[f"{y}_low"]], [p[f"{y}_high"] - p[y]]]
             axes.errorbar(p[x], p[y], yerr=spread, fmt=marker, color=colour, capsize=2, markersize=6, elinewidth=0.8)
-            axes.annotate(p["id"], (p[x], p[y]), xytext=(5, 4), textcoords="offset points", fontsize=7, color="0.25")
         for name, colour in colours.items():
             axes.plot([], [], "o", color=colour, label="not pruned" if name == "– –" else name)
         for name, marker in markers.items():
             axes.plot([], [], marker, color="0.4", label="not fine-tuned" if name == "–" else name)
-        # Room for the names beside the points.
-        axes.margins(x=0.18, y=0.08)
+        axes.margins(x=0.05, y=0.05)
         if log:
             axes.set_xscale("log")
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high)
+        for p, height in zip(points, spread_out([(p[y] - low) / (high - low) for p in points], 1 / max(24, len(points))), strict=True):
+            axes.annotate(
+                p["id"],
+                (p[x], p[y]),
+                xytext=(1.03, height),
+                textcoords="axes fraction",
+                fontsize=7,
+                color="0.25",
+                va="center",
+                arrowprops={"arrowstyle": "-", "color": "0.75", "linewidth": 0.5, "relpos": (0, 0.5), "shrinkA": 0, "shrinkB": 3},
+            )
         axes.set_xlabel(label)
         axes.set_ylabel("test ROUGE-L")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        figure.legend(fontsize=7, loc="outside lower center", ncols=3, frameon=False)
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata={"Date": None})
     svg = stream.getvalue()
     return svg[svg.index("<svg") :]
+
+
+def spread_out(wanted: Sequence[float], gap: float) -> list[float]:
+    """Places between 0 and 1 in the order of ``wanted`` ones, near them, and at least ``gap`` apart if there is room for all."""
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    placed = [0.0] * len(wanted)
+    least = 0.0
+    for i in order:
+        placed[i] = least = max(wanted[i], least)
+        least += gap
+    most = 1.0
+    for i in reversed(order):
+        placed[i] = most = min(placed[i], most)
+        most -= gap
+    return placed

@@ -1,8 +1,9 @@
-"""Every decode kernel under compute-sanitizer, on weights a little larger than a tile: no access outside its tensors, no race."""
+"""Every decode and prefill kernel under compute-sanitizer, on weights a little larger than a tile: no access outside, no race."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -69,19 +70,67 @@ CASES = [
 ]
 
 
+PREFILL = """
+import sys
+
+import torch
+from products import expected_product, relative_error
+from sparse_engine import registry
+from sparse_engine.backends import cuda_prefill
+from sparse_engine.bench.shapes import random_packed
+from sparse_engine.pattern import SparsityPattern
+
+name, pattern = sys.argv[1:]
+kernel = registry.get("cuda_unstructured" if pattern == "unstructured" else "cuda_nm")
+parsed = SparsityPattern.parse("0.5" if pattern == "unstructured" else pattern)
+here = cuda_prefill.gpu(torch.cuda.current_device())
+ran = 0
+# Rows, columns and activation rows that fill no tile; 100 are of the forms for few.
+for rows, columns, m in ((200, 1288, 300), (72, 520, 100)):
+    packed = random_packed((rows, columns), parsed, torch.bfloat16, "cuda")
+    layout = kernel.prepare(packed)
+    bias = torch.randn(rows, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(m, columns, device="cuda", dtype=torch.bfloat16)
+    for form, configs in cuda_prefill.offered(pattern, rows, columns, m, here):
+        for config in configs if form.name == name else ():
+            y = kernel.run_config(x, layout, bias, parsed, config)
+            assert relative_error(y, expected_product(x, packed, bias)) < 1e-2, config
+            ran += 1
+torch.cuda.synchronize()
+print("ran:", ran)
+"""
+FORMS = [("wgmma-sparse", "2:4"), ("mma-sparse", "2:4"), ("wgmma-4:8", "4:8"), ("wgmma-unstructured", "unstructured")]
+
+
+def run_clean(tool: str, kernels: tuple[str, ...], script: str, *arguments: str) -> str:
+    """What the script prints under the sanitizer, whose complaints about ``kernels`` fail the test."""
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer (CUDA toolkit) is not installed")
+    # Kernels of the libraries are the libraries' affair.
+    filters = [argument for name in kernels for argument in ("--kernel-regex", f"kns={name}")]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *filters, sys.executable, "-c", script, *arguments]
+    folders = [str(Path(products.__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
+    found = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=240)
+    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-2000:]
+    return found.stdout
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 @pytest.mark.parametrize(("file", "patterns", "tiles"), CASES, ids=lambda value: value if isinstance(value, str) else "")
 def test_decode_kernels_are_clean(file: str, patterns: str, tiles: list[tuple[int, ...]], tool: str) -> None:
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    if sanitizer is None:
-        pytest.skip("compute-sanitizer (CUDA toolkit) is not installed")
-    # Kernels of the libraries are the libraries' affair.
-    filters = [argument for name in ("decode", "arrange") for argument in ("--kernel-regex", f"kns={name}")]
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *filters, sys.executable, "-c", PRODUCTS, file, patterns, repr(tiles)]
-    folders = [str(Path(products.__file__).parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
-    found = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=240)
-    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-2000:]
-    assert f"clean: {len(tiles) * len(patterns.split(','))}" in found.stdout
+    said = run_clean(tool, ("decode", "arrange"), PRODUCTS, file, patterns, repr(tiles))
+    assert f"clean: {len(tiles) * len(patterns.split(','))}" in said
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+@pytest.mark.parametrize(("name", "pattern"), FORMS)
+def test_prefill_kernels_are_clean(name: str, pattern: str, tool: str) -> None:
+    ran = re.search(r"ran: (\d+)", run_clean(tool, ("prefill",), PREFILL, name, pattern))
+    assert ran is not None
+    assert int(ran[1]) > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -347,3 +348,16 @@ def test_the_smoke_recipe_runs_from_the_command_line(tmp_path: Path) -> None:
     assert lines["full"]["test_rougeL"] > 0.5
     assert lines["sparsegpt-2of4-recovered"]["test_rougeL"] > 0.4 > lines["wanda-2of4-qlora"]["test_rougeL"]
     assert done.stdout.split() == [f"out/{name}" for name in ("table.md", "table.csv", "study.json", "report.html")]
+
+
+def test_names_beside_a_plot_keep_their_distance() -> None:
+    from sparse_engine.study.plots import spread_out
+
+    wanted = [0.5, 0.51, 0.5, 0.99, 1.0, 0.02]
+    placed = spread_out(wanted, 0.1)
+    in_order = sorted(placed)
+    assert all(b - a > 0.0999 for a, b in itertools.pairwise(in_order))
+    assert in_order[0] >= 0
+    assert in_order[-1] <= 1
+    assert placed[5] == 0.02
+    assert placed[5] < placed[0] < placed[1] < placed[3] < placed[4]
