@@ -13,7 +13,6 @@
 //   image of x --bulk copies+--> X_STAGES buffers of 64 * X_SUBTILES columns for each k-warp --> wgmma, warpgroups of a k-warp alike
 #define X_PAD 0
 #define PRODUCERS 1
-#define SUMS_AT_ONCE 16
 #define UNSTRUCTURED (PATTERN == 0)
 #define TENSOR_COPIES (PATTERN == 24)
 #include "decode_common.cuh"
@@ -21,6 +20,7 @@
 #include "bulk.cuh"
 #include "wgmma.cuh"
 #include "unit_products.cuh"
+#include "block_sums.cuh"
 #if UNSTRUCTURED
 #include "paired.cuh"
 #endif
@@ -64,21 +64,17 @@ struct Reader {
     return buffers + ring.slot * X_STAGE_BYTES + (s / 2 % X_SUBTILES) * SUBTILE_BYTES + s % 2 * 64;
   }
 
-  // Every block that shares activations has to know: it fetches a part of the buffer's next content.
-  __device__ __forceinline__ void give_back() const {
-    const u32 lane = threadIdx.x & 31, barrier = barriers + 8 * (X_STAGES + before);
-#if CLUSTER == 1
-    if (lane == 0) barrier_arrive(barrier);
-#else
-    if (lane < CLUSTER) barrier_arrive_in(barrier, blockIdx.y * CLUSTER + lane);
-#endif
-  }
-
   // After the products of step s have been committed: waits for those before it, and gives back the buffer that they were the last to read.
   __device__ __forceinline__ void close(int s) {
     wait_products<1>();
     if (s % (2 * X_SUBTILES) == 0) {
-      if (any) give_back();
+#if CLUSTER == 1
+      if (any && (threadIdx.x & 31) == 0) barrier_arrive(barriers + 8 * (X_STAGES + before));
+#else
+      // Every block that shares activations has to know: it fetches a part of the buffer's next content.
+      if (any && (threadIdx.x & 31) < CLUSTER)
+        barrier_arrive_in(barriers + 8 * (X_STAGES + before), blockIdx.y * CLUSTER + (threadIdx.x & 31));
+#endif
       before = ring.slot;
       any = true;
     }
@@ -197,13 +193,6 @@ struct Activations {
   }
 };
 
-// The bias, which comes from memory like the weights, on its way to L2: the epilogue would wait for it.
-__device__ __forceinline__ void prefetch_bias(const Params& p) {
-  const int first = blockIdx.x * BLOCK_ROWS, last = min(first + BLOCK_ROWS, p.rows);
-  for (int row = first; p.bias && row < last; row += 64)
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(p.bias + row));
-}
-
 // `map` describes x in boxes of 64 columns by 8 * N_TILES / CLUSTER rows, 16-byte chunks exchanged by the row modulo 8.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_wgmma(const __grid_constant__ Params p
 #if TENSOR_COPIES
@@ -282,5 +271,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_wgmma(c
     collect((float*)dynamic, p, acc);
   }
   __syncthreads();
-  finish_and_store((float*)dynamic, p, blockIdx.x);
+  finish_block((float*)dynamic, p);
 }

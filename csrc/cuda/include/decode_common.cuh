@@ -34,14 +34,6 @@
 #ifndef PRODUCERS
 #define PRODUCERS 0
 #endif
-// Blocks side by side along the rows that share activations, where a kernel has them: with its splits they are a cluster.
-#ifndef CLUSTER
-#define CLUSTER 1
-#endif
-// Fours of sums that a thread reads from other blocks at once: another block's memory is far, registers are few.
-#ifndef SUMS_AT_ONCE
-#define SUMS_AT_ONCE 8
-#endif
 #define THREADS (32 * (WARPS_ROW * WARPS_K + PRODUCERS))
 #define BLOCK_ROWS (16 * ROW_TILES * WARPS_ROW)
 #define RED_PITCH (BLOCK_ROWS + 4)
@@ -127,21 +119,10 @@ __device__ __forceinline__ void wait_stage() { asm volatile("cp.async.wait_group
 
 __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-__device__ __forceinline__ void cluster_arrive() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void cluster_wait() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
 __device__ __forceinline__ void cluster_sync() {
-  cluster_arrive();
-  cluster_wait();
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
 }
 
 __device__ __forceinline__ float4 cluster_read(u32 address, int rank) {
@@ -192,44 +173,29 @@ __device__ __forceinline__ void copy_addend(const Params& p, int group, ushort4*
 __device__ __forceinline__ void copy_bias(const Params& p, int group, Addends& add) { copy_addend(p, group, add.bias, p.bias); }
 __device__ __forceinline__ void copy_residual(const Params& p, int group, Addends& add) { copy_addend(p, group, add.residual, p.residual); }
 
-// What the epilogue adds to four rows of the product, two elements a word, where those lie side by side (y_vector).
-struct Addend {
-  uint2 bias, residual;
-};
-
-// Of activation row n, from `row` on; `add` is null or holds what was copied.
-__device__ __forceinline__ Addend load_addend(const Params& p, int n, int row, const Addends* add) {
-  Addend found = {};
-  if (row >= p.rows) return found;
-  if (add && adds_alone(p)) return {*(const uint2*)(add->bias + threadIdx.x), *(const uint2*)(add->residual + threadIdx.x)};
-  if (p.bias) found.bias = *(const uint2*)(p.bias + row);
-  if (p.residual) found.residual = *(const uint2*)(p.residual + (size_t)n * p.rows + row);
-  return found;
-}
-
-// Four rows of the product for activation row n, of which those from p.rows on are padding: with y_vector, and without.
-__device__ __forceinline__ void store_vector(const Params& p, int n, int row, const float4& sums, const Addend& add) {
-  if (row >= p.rows) return;
-  const uint2 b = add.bias, r = add.residual;
-  *(ushort4*)(p.y + (size_t)n * p.rows + row) = make_ushort4(
-      from_float(epilogue(p, sums.x, (u16)b.x, (u16)r.x)), from_float(epilogue(p, sums.y, (u16)(b.x >> 16), (u16)(r.x >> 16))),
-      from_float(epilogue(p, sums.z, (u16)b.y, (u16)r.y)), from_float(epilogue(p, sums.w, (u16)(b.y >> 16), (u16)(r.y >> 16))));
-}
-
-__device__ __forceinline__ void store_scalar(const Params& p, int n, int row, const float4& sums) {
+// Four rows of the product for activation row n, of which those from p.rows on are padding; `add` is null or holds what was copied.
+__device__ __forceinline__ void store_four(const Params& p, int n, int row, const float4& sums, const Addends* add = nullptr) {
   const float v[4] = {sums.x, sums.y, sums.z, sums.w};
   const size_t at = (size_t)n * p.rows + row;
+  if (p.y_vector) {
+    if (row >= p.rows) return;
+    ushort4 bias = make_ushort4(0, 0, 0, 0), residual = bias;
+    if (add && adds_alone(p)) {
+      bias = add->bias[threadIdx.x];
+      residual = add->residual[threadIdx.x];
+    } else {
+      if (p.bias) bias = *(const ushort4*)(p.bias + row);
+      if (p.residual) residual = *(const ushort4*)(p.residual + at);
+    }
+    *(ushort4*)(p.y + at) =
+        make_ushort4(from_float(epilogue(p, v[0], bias.x, residual.x)), from_float(epilogue(p, v[1], bias.y, residual.y)),
+                     from_float(epilogue(p, v[2], bias.z, residual.z)), from_float(epilogue(p, v[3], bias.w, residual.w)));
+    return;
+  }
 #pragma unroll
   for (int i = 0; i < 4; ++i)
     if (row + i < p.rows)
       p.y[at + i] = from_float(epilogue(p, v[i], p.bias ? p.bias[row + i] : (u16)0, p.residual ? p.residual[at + i] : (u16)0));
-}
-
-__device__ __forceinline__ void store_four(const Params& p, int n, int row, const float4& sums, const Addends* add = nullptr) {
-  if (p.y_vector)
-    store_vector(p, n, row, sums, load_addend(p, n, row, add));
-  else
-    store_scalar(p, n, row, sums);
 }
 
 // Floats that the sums of all warps take in shared memory.
@@ -251,112 +217,43 @@ __device__ __forceinline__ void collect(float* red, const Params& p, float (&acc
       }
 }
 
-// Four of the sums of all k-warps.
-__device__ __forceinline__ float4 add_warps(const float4* red, const Params& p, int at) {
-  const int plane = staged_rows(p.m) * (RED_PITCH / 4);
-  float4 sum = red[at];
-#pragma unroll
-  for (int k = 1; k < WARPS_K; ++k)
-    add_four(sum, red[k * plane + at]);
-  return sum;
-}
-
-// Adds up what the warps have collected and writes it to y, AT_ONCE fours for each thread at a time: what is added comes from afar.
-template <int AT_ONCE>
-__device__ __forceinline__ void store_sums(const float4* red, const Params& p, int first_row, const Addends* add) {
-  constexpr int PITCH = RED_PITCH / 4, FOURS = BLOCK_ROWS / 4;
-  const int count = p.m * FOURS;
-  for (int first = threadIdx.x; first < count; first += AT_ONCE * THREADS) {
-    Addend given[AT_ONCE];
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i) {
-      const int e = first + i * THREADS;
-      if (e < count) given[i] = load_addend(p, e / FOURS, first_row + e % FOURS * 4, add);
-    }
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i) {
-      const int e = first + i * THREADS, n = e / FOURS, four = e % FOURS;
-      if (e < count) store_vector(p, n, first_row + four * 4, add_warps(red, p, n * PITCH + four), given[i]);
-    }
-  }
-}
-
-// Adds up this block's share of what the splits, S at most, have collected and writes it to y, likewise. VECTOR: y_vector.
-template <int S, int AT_ONCE, bool VECTOR>
-__device__ __forceinline__ void store_splits(const float4* red, const Params& p, int first_row) {
-  constexpr int PITCH = RED_PITCH / 4, FOURS = BLOCK_ROWS / 4;
-  const int splits = gridDim.y, count = p.m * FOURS, step = splits * THREADS, column = blockIdx.x % CLUSTER;
-  // Every thread of the cluster goes as many rounds, one at least.
-  for (int first = 0; first < count; first += AT_ONCE * step) {
-    const int own = first + blockIdx.y * THREADS + threadIdx.x;
-    Addend given[AT_ONCE];
-    float4 parts[AT_ONCE][S];
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i) {
-      const int e = own + i * step;
-      if (VECTOR && e < count) given[i] = load_addend(p, e / FOURS, first_row + e % FOURS * 4, nullptr);
-    }
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i) {
-      const int e = min(own + i * step, count - 1);
-      const u32 address = shared_address(red + e / FOURS * PITCH + e % FOURS);
-#pragma unroll
-      for (int s = 0; s < S; ++s)
-        if (s < splits && first + i * step < count) parts[i][s] = cluster_read(address, s * CLUSTER + column);
-    }
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i)
-#pragma unroll
-      for (int s = 1; s < S; ++s)
-        if (s < splits) add_four(parts[i][0], parts[i][s]);
-    // A block may not leave while others still read its shared memory.
-    if (first + AT_ONCE * step >= count) cluster_arrive();
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i) {
-      const int e = own + i * step, n = e / FOURS, row = first_row + e % FOURS * 4;
-      if (e >= count) continue;
-      if (VECTOR)
-        store_vector(p, n, row, parts[i][0], given[i]);
-      else
-        store_scalar(p, n, row, parts[i][0]);
-    }
-    __syncwarp();
-  }
-  cluster_wait();
-}
-
 // Sums what the warps have collected over k-warps and cluster blocks and writes y's rows of block row `group`; every thread of the block
 // calls it, after a barrier. `add` is null or holds what was copied for the group.
 __device__ __forceinline__ void finish_and_store(float* sums, const Params& p, int group, const Addends* add = nullptr) {
   constexpr int PITCH = RED_PITCH / 4, FOURS = BLOCK_ROWS / 4;
   float4* red = (float4*)sums;
-  const int first_row = group * BLOCK_ROWS, splits = gridDim.y, count = p.m * FOURS;
-#if SUMS_AT_ONCE > 8
-  if (splits == 1 && p.y_vector) {
-    store_sums<SUMS_AT_ONCE / 4>(red, p, first_row, add);
-    return;
-  }
-#endif
+  const int plane = staged_rows(p.m) * PITCH, first_row = group * BLOCK_ROWS, splits = gridDim.y, rank = blockIdx.y;
   if (splits == 1 || WARPS_K > 1) {
-    for (int e = threadIdx.x; e < count; e += THREADS) {
+    for (int e = threadIdx.x; e < p.m * FOURS; e += THREADS) {
       const int n = e / FOURS, four = e % FOURS;
-      const float4 sum = add_warps(red, p, n * PITCH + four);
+      float4 sum = red[n * PITCH + four];
+#pragma unroll
+      for (int k = 1; k < WARPS_K; ++k)
+        add_four(sum, red[k * plane + n * PITCH + four]);
       if (splits == 1)
         store_four(p, n, first_row + four * 4, sum, add);
       else
         red[n * PITCH + four] = sum;
     }
     if (splits == 1) return;
-    __syncwarp();
   }
   cluster_sync();
-  if (!p.y_vector) store_splits<8, 1, false>(red, p, first_row);
-#if SUMS_AT_ONCE > 8
-  else if (splits <= 4)
-    store_splits<4, SUMS_AT_ONCE / 4, true>(red, p, first_row);
-#endif
-  else
-    store_splits<8, SUMS_AT_ONCE / 8, true>(red, p, first_row);
+  for (int e = rank * THREADS + threadIdx.x; e < p.m * FOURS; e += splits * THREADS) {
+    const int n = e / FOURS, four = e % FOURS;
+    const u32 address = shared_address(red + n * PITCH + four);
+    // Of all blocks at once: each read takes its time, and a cluster has eight blocks at most.
+    float4 parts[8];
+#pragma unroll
+    for (int s = 0; s < 8; ++s)
+      if (s < splits) parts[s] = cluster_read(address, s);
+    float4 sum = parts[0];
+#pragma unroll
+    for (int s = 1; s < 8; ++s)
+      if (s < splits) add_four(sum, parts[s]);
+    store_four(p, n, first_row + four * 4, sum);
+  }
+  // A block may not leave while others still read its shared memory.
+  cluster_sync();
 }
 
 __device__ __forceinline__ void reduce_and_store(unsigned char* smem, const Params& p, float (&acc)[ROW_TILES][N_TILES][4],
