@@ -98,6 +98,7 @@ __device__ __forceinline__ void store_splits(const float4* red, const Params& p,
       for (int s = 1; s < S; ++s)
         if (s < splits) add_four(parts[i][0], parts[i][s]);
     // A block may not leave while others still read its shared memory: what it stores need not have arrived.
+    __syncwarp();
     if (first + FLIGHT * step >= count) cluster_arrive();
 #pragma unroll
     for (int i = 0; i < FLIGHT; ++i) {
