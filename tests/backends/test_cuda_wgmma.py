@@ -64,7 +64,13 @@ def test_forms_compile_within_their_registers(n_tiles: int, cluster: int, form: 
 
 
 def product(
-    tile: Tile, packed: PackedWeight, weight: Tensor, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, relu: bool = False
+    tile: Tile,
+    packed: PackedWeight,
+    weight: Tensor,
+    x: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    relu: bool = False,
 ) -> Tensor:
     # Freed memory full of NaN is what the allocator hands out next: an element never written shows.
     torch.full((*x.shape[:-1], packed.shape[0]), float("nan"), device="cuda", dtype=x.dtype)
