@@ -193,13 +193,14 @@ struct Activations {
   }
 };
 
-// `map` describes x in boxes of 64 columns by 8 * N_TILES / CLUSTER rows, 16-byte chunks exchanged by the row modulo 8.
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_wgmma(const __grid_constant__ Params p
 #if TENSOR_COPIES
-                                                                               ,
-                                                                               const __grid_constant__ TensorMap map
+// `map` describes x in boxes of 64 columns by 8 * N_TILES / CLUSTER rows, 16-byte chunks exchanged by the row modulo 8.
+#define ARGUMENTS const __grid_constant__ Params p, const __grid_constant__ TensorMap map
+#else
+#define ARGUMENTS const __grid_constant__ Params p
 #endif
-) {
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_wgmma(ARGUMENTS) {
   extern __shared__ __align__(1024) unsigned char dynamic[];
   const u32 smem = shared_address(dynamic);
   const int warp = threadIdx.x >> 5, warp_k = warp / WARPS_ROW;
@@ -216,7 +217,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_wgmma(c
     const int tile = min((int)blockIdx.x * WARPS_ROW + warp % WARPS_ROW, (p.rows + 15) / 16 - 1);
     weights.start(p, smem, warp, tile, begin + warp_k, rounds, policy);
   } else if ((threadIdx.x & 31) == 0) {
-    prefetch_bias(p);
 #if TENSOR_COPIES
     prefetch_map(map.words);
 #endif
@@ -235,16 +235,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_wgmma(c
 
   if (warp >= WARPS_ROW * WARPS_K) {
     if ((threadIdx.x & 31) == 0) {
+      Activations x;
+      x.policy = activation_policy();
 #if TENSOR_COPIES
-      const Activations x = {map.words, activation_policy()};
-#else
-      const Activations x = {activation_policy()};
+      x.map = map.words;
 #endif
       constexpr int UNIT_STAGES = UNIT / 64 / X_SUBTILES;
       Ring rings[WARPS_K];
 #pragma unroll
       for (int k = 0; k < WARPS_K; ++k)
         rings[k] = {0, 1};
+      prefetch_bias(p);
       wait_predecessor();
       for (int unit = 0; unit < end - begin; unit += WARPS_K)
 #pragma unroll
