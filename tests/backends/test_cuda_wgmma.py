@@ -63,6 +63,12 @@ def test_forms_compile_within_their_registers(n_tiles: int, cluster: int, form: 
     assert int(registers[1]) * WGMMA_24.threads(tile_of(n_tiles, form)) * form[3] <= 65536
 
 
+def run(
+    tile: Tile, packed: PackedWeight, weight: Tensor, x: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool = False
+) -> Tensor:
+    return cuda_decode.run_decode(lambda *_: (WGMMA_24, tile), x, weight, bias, residual, *packed.shape, relu)
+
+
 def product(
     tile: Tile,
     packed: PackedWeight,
@@ -74,7 +80,7 @@ def product(
 ) -> Tensor:
     # Freed memory full of NaN is what the allocator hands out next: an element never written shows.
     torch.full((*x.shape[:-1], packed.shape[0]), float("nan"), device="cuda", dtype=x.dtype)
-    return cuda_decode.run_decode(lambda *_: (WGMMA_24, tile), x, weight, bias, residual, *packed.shape, relu)
+    return run(tile, packed, weight, x, bias, residual, relu)
 
 
 def skip_elsewhere() -> None:
@@ -163,7 +169,7 @@ def test_chain_in_a_graph(tile: Tile) -> None:
         # Nothing between, so that a kernel reading its input before its predecessor wrote it shows.
         steps = [x]
         for _ in range(4):
-            steps.append(product(tile, packed, weight, steps[-1], None, steps[-1]))
+            steps.append(run(tile, packed, weight, steps[-1], None, steps[-1]))
     for seed in range(5):
         torch.manual_seed(seed)
         x.copy_(torch.randn(m, 2048) * 0.01)
