@@ -12,10 +12,11 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from sparse_engine.errors import KernelUnavailableError
 
@@ -24,6 +25,7 @@ __all__ = [
     "TensorMap",
     "cache_folder",
     "compile_cubin",
+    "describable",
     "launch",
     "load",
     "source_folder",
@@ -172,7 +174,17 @@ def load(source: str, function: str, arch: str, macros: tuple[tuple[str, int], .
 
 
 TensorMap = ctypes.c_uint64 * 16
-"""What a kernel takes as its first member, 64-byte aligned, to copy boxes of a tensor (CUtensorMap)."""
+"""What a kernel takes, 64-byte aligned, to copy boxes of a tensor (CUtensorMap)."""
+
+
+def describable(x: torch.Tensor) -> torch.Tensor:
+    """x (rows, columns), or a copy of it that :func:`tensor_map` can describe, padded with zeros to whole 16 bytes."""
+    step = 16 // x.element_size()
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    if x.data_ptr() % 16 or x.stride(0) % step or x.stride(0) < x.shape[1]:
+        x = F.pad(x, (0, -x.shape[1] % step)) if x.shape[1] % step else x.clone(memory_format=torch.contiguous_format)
+    return x
 
 
 def tensor_map(x: torch.Tensor, box: tuple[int, int]) -> ctypes.Array[ctypes.c_uint64]:
@@ -184,16 +196,24 @@ def tensor_map(x: torch.Tensor, box: tuple[int, int]) -> ctypes.Array[ctypes.c_u
     Raises:
         KernelUnavailableError: the driver refuses it.
     """
+    return _encode(_TENSOR_MAP_KINDS[x.dtype], x.element_size(), x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), *box)
+
+
+# The allocator hands out the same memory call after call.
+@lru_cache(maxsize=1024)
+def _encode(
+    kind: int, itemsize: int, pointer: int, rows: int, columns: int, stride: int, box_rows: int, box_columns: int
+) -> ctypes.Array[ctypes.c_uint64]:
     # The driver wants the map itself aligned to 64 bytes.
     room = ctypes.create_string_buffer(ctypes.sizeof(TensorMap) + 64)
     found = TensorMap.from_buffer(room, -ctypes.addressof(room) % 64)
-    sizes = (ctypes.c_uint64 * 2)(x.shape[1], x.shape[0])
-    stride = (ctypes.c_uint64 * 1)(x.stride(0) * x.element_size())
-    extent, steps = (ctypes.c_uint32 * 2)(box[1], box[0]), (ctypes.c_uint32 * 2)(1, 1)
-    kind, pointer = _TENSOR_MAP_KINDS[x.dtype], ctypes.c_void_p(x.data_ptr())
+    sizes, strides = (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(stride * itemsize)
+    extent, steps = (ctypes.c_uint32 * 2)(box_columns, box_rows), (ctypes.c_uint32 * 2)(1, 1)
     options = (_INTERLEAVE_NONE, _SWIZZLE_128B, _PROMOTE_L2_256B, _FILL_ZEROS)
-    status = _driver().cuTensorMapEncodeTiled(ctypes.byref(found), kind, 2, pointer, sizes, stride, extent, steps, *options)
-    _check(status, f"describing a {tuple(x.shape)} tensor")
+    status = _driver().cuTensorMapEncodeTiled(
+        ctypes.byref(found), kind, 2, ctypes.c_void_p(pointer), sizes, strides, extent, steps, *options
+    )
+    _check(status, f"describing a {(rows, columns)} tensor")
     return found
 
 
@@ -208,12 +228,14 @@ def launch(
     cluster: tuple[int, int] = (1, 1),
     overlap: bool = False,
     cooperative: bool = False,
+    described: ctypes.Array[ctypes.c_uint64] | None = None,
 ) -> None:
     """Launch with one structure argument on the current stream of ``device``, which must be the current device.
 
     ``cluster`` groups that many blocks along x and y; ``overlap`` lets the kernel start before its predecessor in the
     stream ends (programmatic dependent launch): only for kernels that wait for it themselves. Both need capability 9.0.
     ``cooperative``: all blocks are resident at once, so that they may wait for each other, or the launch is refused.
+    ``described``: the tensor map of a kernel that takes one as its second argument.
 
     Raises:
         KernelUnavailableError: the driver refuses the launch.
@@ -239,5 +261,5 @@ def launch(
         count += 1
     stream = torch.cuda.current_stream(device).cuda_stream
     config = _LaunchConfig(grid[0], grid[1], 1, threads, 1, 1, shared_bytes, stream, attributes, count)
-    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
+    arguments = (ctypes.c_void_p * 2)(ctypes.addressof(argument), ctypes.addressof(described) if described is not None else None)
     _check(driver.cuLaunchKernelEx(ctypes.byref(config), function.handle, arguments, None), f"launching {function.name}")

@@ -1,4 +1,5 @@
-// Lays activations out for decode_wgmma.cu: x (m, cols), row stride ldx elements, becomes buffers that bulk copies fetch as they are.
+// Lays activations out for decode_stream.cu and, of weights that are expanded, decode_wgmma.cu: x (m, cols), row stride ldx elements,
+// becomes buffers that bulk copies fetch as they are.
 //
 //   image  [units subtiles of 64 columns][ROWS][128 bytes], ROWS = 8 * N_TILES; 16-byte chunk c of a row lies at place
 //          c ^ (row % 8), as wgmma expects it; columns from `cols` on are zero, rows from m on are left as they are

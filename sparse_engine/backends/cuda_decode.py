@@ -175,6 +175,7 @@ def run_decode(
     if streams is not None:
         offsets, depth, parts = streams.offsets.data_ptr(), streams.depth, streams.parts
     units = -(-columns * parts // UNIT)
+    mappable: Tensor | None = None
     first = 0
     while first < m:
         source, tile = choose(x.dtype, rows, columns, m - first, here)
@@ -205,15 +206,21 @@ def run_decode(
             depth,
             x_buffers,
         )
-        grid, cluster = source.grid(tile, rows, units, shared, here), (1, tile.splits)
-        warps = 0
-        if isinstance(source, StreamedSource):
-            cluster, warps = (tile.cluster, 1), grid[0] * tile.warps_row
+        grid, cluster, described = source.grid(tile, rows, units, shared, here), (1, tile.splits), None
         if isinstance(source, WarpgroupSource):
-            image = _arrange(source, tile, params, x, units * (4 // parts), warps, here, device)
-            params.x = image.data_ptr()
+            streamed = isinstance(source, StreamedSource)
+            cluster = (tile.cluster, 1 if streamed else tile.splits)
+            if source.arranged:
+                warps = grid[0] * tile.warps_row if streamed else 0
+                image = _arrange(source, tile, params, x, units * (4 // parts), warps, here, device)
+                params.x = image.data_ptr()
+            else:
+                if mappable is None:
+                    mappable = cuda.describable(flat)
+                described = cuda.tensor_map(mappable if count == m else mappable[first : first + count], source.box(tile))
         function = _function(source, here.arch, x.dtype, tile)
-        cuda.launch(function, grid, source.threads(tile), shared, params, device, cluster=cluster, overlap=here.hopper)
+        threads = source.threads(tile)
+        cuda.launch(function, grid, threads, shared, params, device, cluster=cluster, overlap=here.hopper, described=described)
         first += count
     return y
 

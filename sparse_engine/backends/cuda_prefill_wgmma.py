@@ -12,7 +12,6 @@ from functools import cache
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_engine import cuda
@@ -145,16 +144,6 @@ def _grid(tile: PrefillTile, rows: int, m: int, processors: int) -> tuple[int, i
     return clusters * tile.cluster, tile.splits
 
 
-def _described(x: Tensor) -> Tensor:
-    """x (m, columns), or a copy of it that a tensor map can describe."""
-    step = 16 // x.element_size()
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    if x.data_ptr() % 16 or x.stride(0) % step or x.stride(0) < x.shape[1]:
-        x = F.pad(x, (0, -x.shape[1] % step)) if x.shape[1] % step else x.clone(memory_format=torch.contiguous_format)
-    return x
-
-
 @dataclass(frozen=True, slots=True)
 class Levels:
     """Quantised activations: ``x`` (m, columns) of 8-bit levels, aligned, and float32 scales of their rows and of the weight's.
@@ -183,7 +172,7 @@ def run_prefill(source: PrefillSource, tile: PrefillTile, call: Call, levels: Le
     y = x.new_empty((*x.shape[:-1], rows))
     if y.numel() == 0:
         return y
-    flat = _described(x.reshape(call.m, call.columns)) if levels is None else levels.x
+    flat = cuda.describable(x.reshape(call.m, call.columns)) if levels is None else levels.x
     stored = (y.data_ptr(), *(t.data_ptr() for t in (residual,) if t is not None))
     y_vector = rows % 8 == 0 and all(at % 16 == 0 for at in stored)
     mapped = y_vector and source.tensor_stores(tile)

@@ -65,8 +65,8 @@ def gpu(index: int) -> Gpu:
 class Tile:
     """How one launch divides its work: macros of decode_common.cuh, paired.cuh and decode_stream.cu, and ``splits`` of the columns.
 
-    The splits are a cluster, except with ``StreamedSource``: there ``cluster`` is the blocks that share activations, and ``splits`` the
-    clusters for each row group of that many blocks; 0 takes as many clusters as fit the GPU.
+    ``cluster`` blocks share activations, where a source knows that; with their ``splits`` they are a cluster, except with
+    ``StreamedSource``: there ``splits`` is the clusters for each row group of ``cluster`` blocks; 0 takes as many clusters as fit the GPU.
     """
 
     n_tiles: int
@@ -168,13 +168,22 @@ def _staged_rows(tile: Tile, m: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class WarpgroupSource(Source):
-    """A kernel on wgmma, for compute capability 9.0; it reads activations in the form that csrc/cuda/arrange.cu gives them.
+    """A kernel on wgmma, for compute capability 9.0.
 
     ``expanded``: weights are expanded, which asks for another order of the columns.
     """
 
     max_rows: int = 128
     expanded: bool = False
+
+    @property
+    def arranged(self) -> bool:
+        """Whether it reads activations in the form that csrc/cuda/arrange.cu gives them; else tensor copies bring them as they are."""
+        return self.expanded
+
+    def box(self, tile: Tile) -> tuple[int, int]:
+        """Activation rows and columns that a tensor copy brings, a part of the rows where blocks share them."""
+        return 8 * tile.n_tiles // tile.cluster, 64
 
     def threads(self, tile: Tile) -> int:
         return 32 * (tile.warps_row * tile.warps_k + 1)
@@ -197,7 +206,7 @@ class WarpgroupSource(Source):
         nbytes = subtiles * tile.n_tiles * 1024
         free = (_HOPPER_SHARED + 1024) // tile.min_blocks - 3072 - slots
         least = 3 if nbytes == 16384 and (tile.n_tiles == 4 or tile.warps_k > 1) else 4
-        return {"X_STAGES": max(least, min(8, free // (tile.warps_k * nbytes))), "X_SUBTILES": subtiles}
+        return {"CLUSTER": tile.cluster, "X_STAGES": max(least, min(8, free // (tile.warps_k * nbytes))), "X_SUBTILES": subtiles}
 
     def shared_bytes(self, tile: Tile, m: int, depth: int) -> int:
         macros = self.more_macros(tile)
@@ -206,10 +215,18 @@ class WarpgroupSource(Source):
         buffers += _stream_bytes(tile, depth) if depth else slots * _SLOT_BYTES
         return max(buffers, self._sums_bytes(tile, m))
 
+    def grid(self, tile: Tile, rows: int, units: int, shared: int, here: Gpu) -> tuple[int, int]:
+        """Whole clusters along the rows, and splits."""
+        return -(-rows // (tile.block_rows * tile.cluster)) * tile.cluster, tile.splits
+
 
 @dataclass(frozen=True, slots=True)
 class StreamedSource(WarpgroupSource):
     """The kernel on wgmma whose clusters share activations and cut all row groups together into equal ranges."""
+
+    @property
+    def arranged(self) -> bool:
+        return True
 
     def shared_bytes(self, tile: Tile, m: int, depth: int) -> int:
         stages, slots = self._x_stages(tile), tile.warps_row * tile.stages

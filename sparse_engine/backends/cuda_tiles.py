@@ -232,7 +232,9 @@ def compilations(pattern: str, problem: Problem, config: Config, here: Gpu) -> t
         return ()
     source, tile = chosen
     own = (source.file, here.arch, macros_of(source, tile, problem.dtype))
-    return (own, ("arrange.cu", here.arch, arrange_macros(source, tile))) if isinstance(source, WarpgroupSource) else (own,)
+    if isinstance(source, WarpgroupSource) and source.arranged:
+        return own, ("arrange.cu", here.arch, arrange_macros(source, tile))
+    return (own,)
 
 
 def _rule(pattern: str, rows: int, columns: int, m: int, here: Gpu) -> tuple[Source, Tile]:

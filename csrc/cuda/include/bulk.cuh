@@ -53,6 +53,32 @@ __device__ __forceinline__ void bulk_copy_to_all(u32 target, const void* source,
       : "memory");
 }
 
+// What the driver makes of a tensor's description (CUtensorMap).
+struct alignas(64) TensorMap {
+  u64 words[16];
+};
+
+// Starts copying the box at column `column` and row `row` of the tensor that `map` describes to shared address `target`; `barrier` counts
+// it whole, what lies behind the tensor's end (zeros) included.
+__device__ __forceinline__ void tensor_copy(u32 target, const u64* map, int column, int row, u32 barrier, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(
+          target),
+      "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
+// The same in every block of the cluster that `blocks` has a bit for, at the same addresses in each.
+__device__ __forceinline__ void tensor_copy_to_all(u32 target, const u64* map, int column, int row, u32 barrier, u16 blocks, u64 policy) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+               " [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(target),
+               "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks), "l"(policy)
+               : "memory");
+}
+
+// Has the description at hand before the first copy needs it.
+__device__ __forceinline__ void prefetch_map(const u64* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+
 // Arrives at the barrier that block `rank` of the cluster has where this one has `barrier`; says nothing of ordinary accesses to memory.
 __device__ __forceinline__ void barrier_arrive_in(u32 barrier, u32 rank) {
   asm volatile("{\n"

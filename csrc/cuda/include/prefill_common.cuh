@@ -150,23 +150,6 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// Starts copying the box at column `column` and row `row` of x to `target` in every block of `mask`, whose barriers at the same place count
-// it.
-__device__ __forceinline__ void tensor_copy(u32 target, const u64* map, int column, int row, u32 barrier, u16 mask, u64 policy) {
-#if CLUSTER == 1
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(
-          target),
-      "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
-      : "memory");
-#else
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
-               " [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(target),
-               "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(mask), "l"(policy)
-               : "memory");
-#endif
-}
-
 #if TENSOR_STORES
 // Starts copying a box from shared memory to column `column` and row `row` of y, but for what lies behind its end.
 __device__ __forceinline__ void tensor_store(const u64* map, u32 source, int column, int row) {
@@ -539,7 +522,9 @@ __device__ __forceinline__ void produce(const Params& p, u32 smem, int begin, in
   const u32 full = smem + BARRIERS_AT, empty = full + 8 * STAGES;
   const bool copies = threadIdx.x == 128 * CONSUMERS;
   const u32 part = blockIdx.x % CLUSTER;
+#if CLUSTER > 1
   const u16 mask = (u16)(((1u << CLUSTER) - 1) << (blockIdx.y * CLUSTER));
+#endif
   const u64 policy = activation_policy();
   typename Weights::Supply weights(p, begin, rounds);
   Ring ring = {0, 1};
@@ -554,8 +539,13 @@ __device__ __forceinline__ void produce(const Params& p, u32 smem, int begin, in
         barrier_wait(empty + 8 * ring.slot, ring.parity);
         if (copies) {
           barrier_expect(barrier, STORING_WARPS ? X_STAGE_BYTES : STAGE_BYTES);
-          tensor_copy(buffer + part * (X_STAGE_BYTES / CLUSTER), p.x, (unit * UNIT_STAGES + s) * STAGE_COLUMNS,
-                      token + part * (TILE_TOKENS / CLUSTER), barrier, mask, policy);
+          const u32 target = buffer + part * (X_STAGE_BYTES / CLUSTER);
+          const int column = (unit * UNIT_STAGES + s) * STAGE_COLUMNS, first = token + part * (TILE_TOKENS / CLUSTER);
+#if CLUSTER == 1
+          tensor_copy(target, p.x, column, first, barrier, policy);
+#else
+          tensor_copy_to_all(target, p.x, column, first, barrier, mask, policy);
+#endif
         }
         __syncwarp();
         weights.fill(p, buffer + X_STAGE_BYTES, barrier, row / 16, unit, s);
