@@ -105,10 +105,8 @@ _CHOOSERS = {group: partial(choose, _NAME, pattern) for group, pattern in _PATTE
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, rows: int, columns: int, group: int, relu: bool
 ) -> Tensor:
-    if x.numel() >= cuda_prefill.FEWEST_MEASURED_ROWS * columns:
-        call = cuda_prefill.Call(_PATTERNS[group], x, weight, bias, residual, rows, columns, relu)
-        if (y := cuda_prefill.product(_NAME, call)) is not None:
-            return y
+    if x.numel() >= cuda_prefill.FEWEST_ROWS * columns:
+        return cuda_prefill.product(_NAME, cuda_prefill.Call(_PATTERNS[group], x, weight, bias, residual, rows, columns, relu))
     return run_decode(_CHOOSERS[group], x, weight, bias, residual, rows, columns, relu)
 
 
@@ -149,10 +147,14 @@ class CudaNMKernel(Kernel):
         return self._nbytes(problem)
 
     def configs(self, problem: Problem) -> Sequence[Config]:
-        return cuda_prefill.configs_of(problem, lambda: configs(str(problem.pattern), problem, current_gpu()))
+        if problem.rows >= cuda_prefill.FEWEST_ROWS:
+            return cuda_prefill.configs_of(problem)
+        return configs(str(problem.pattern), problem, current_gpu())
 
     def compilations(self, problem: Problem, config: Config) -> Sequence[tuple[str, str, tuple[tuple[str, int], ...]]]:
-        return cuda_prefill.compilations_of(problem, config) or compilations(str(problem.pattern), problem, config, current_gpu())
+        if problem.rows >= cuda_prefill.FEWEST_ROWS:
+            return cuda_prefill.compilations_of(problem, config)
+        return compilations(str(problem.pattern), problem, config, current_gpu())
 
     def prepare(self, packed: PackedWeight) -> Layout:
         values, bitmask = packed.tensors["values"], packed.tensors["bitmask"]

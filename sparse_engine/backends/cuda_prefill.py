@@ -7,7 +7,7 @@ this GPU where a tuning table has one (its first field is the form's name), else
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
@@ -22,7 +22,6 @@ from sparse_engine.discovery import import_all
 from sparse_engine.registry import ROW_BUCKETS, Config, Problem
 
 __all__ = [
-    "FEWEST_MEASURED_ROWS",
     "FEWEST_ROWS",
     "TENSOR_FLOPS_PER_US",
     "Call",
@@ -41,9 +40,7 @@ __all__ = [
 ]
 
 FEWEST_ROWS = 129
-"""Activation rows from which a form runs; fewer are one launch of a decode kernel, unless a form was measured to be faster."""
-FEWEST_MEASURED_ROWS = 33
-"""Activation rows from which forms that can run so few are measured."""
+"""Activation rows from which forms are asked; fewer are one launch of a decode kernel."""
 TENSOR_FLOPS_PER_US = 7.5e8
 """A common rate of dense products on an H200, for estimates."""
 
@@ -99,13 +96,11 @@ class Form(ABC):
         name: what configurations of tuning tables begin with.
         patterns: those it reads the layouts of.
         needs_measuring: it runs only where tuning has found it to be right and the fastest; estimates never choose it.
-        fewest_rows: activation rows from which it is worth measuring.
     """
 
     name: ClassVar[str]
     patterns: ClassVar[frozenset[str]]
     needs_measuring: ClassVar[bool] = False
-    fewest_rows: ClassVar[int] = FEWEST_ROWS
 
     def unsupported(self, here: Gpu) -> str | None:
         """Why it cannot run on this GPU, or None."""
@@ -153,8 +148,7 @@ def parse(pattern: str, config: Config, here: Gpu) -> Form | None:
 
 def offered(pattern: str, rows: int, columns: int, m: int, here: Gpu) -> list[tuple[Form, Sequence[Config]]]:
     """The forms that are worth measuring for m activation rows, with their configurations, those of the lowest estimates first."""
-    able = [form for form in _forms(pattern, here) if m >= form.fewest_rows]
-    found = [(form, form.configs(pattern, rows, columns, m, here)) for form in able]
+    found = [(form, form.configs(pattern, rows, columns, m, here)) for form in _forms(pattern, here)]
     worth = [(form, configs) for form, configs in found if configs]
     return sorted(worth, key=lambda each: each[0].estimate_us(pattern, rows, columns, m, here))
 
@@ -165,13 +159,11 @@ def bucket_of(m: int) -> int:
 
 
 @cache
-def choose(kernel: str, pattern: str, dtype: torch.dtype, rows: int, columns: int, bucket: int, here: Gpu) -> tuple[Form, Config] | None:
-    """Form and configuration for a bucket of activation rows, or None where a decode kernel is to run them."""
+def choose(kernel: str, pattern: str, dtype: torch.dtype, rows: int, columns: int, bucket: int, here: Gpu) -> tuple[Form, Config]:
+    """Form and configuration for a bucket of activation rows."""
     measured = tuning.lookup(here.name, pattern, dtype, (rows, columns), bucket).get(kernel)
-    if measured is not None and (form := parse(pattern, measured.config, here)) is not None and form.fewest_rows <= bucket:
+    if measured is not None and (form := parse(pattern, measured.config, here)) is not None:
         return form, measured.config
-    if bucket < FEWEST_ROWS:
-        return None
     form, own = _estimated(pattern, rows, columns, bucket, here)[0]
     return form, own[0]
 
@@ -180,20 +172,16 @@ def _estimated(pattern: str, rows: int, columns: int, m: int, here: Gpu) -> list
     return [each for each in offered(pattern, rows, columns, m, here) if not each[0].needs_measuring]
 
 
-def product(kernel: str, call: Call) -> Tensor | None:
+def product(kernel: str, call: Call) -> Tensor:
     """Run ``call`` with the form and configuration chosen for its shape and rows; ``kernel`` is the name that tables have them under.
-
-    None where a decode kernel is to run it.
 
     Raises:
         InputError: shapes, types or devices do not fit.
         KernelUnavailableError: the form cannot be compiled or launched.
     """
-    here = gpu(call.x.device.index)
-    if (chosen := choose(kernel, call.pattern, call.x.dtype, call.rows, call.columns, bucket_of(call.m), here)) is None:
-        return None
-    form, config = chosen
     check_arguments(call.x, call.weight, call.bias, call.residual, call.rows, call.columns)
+    here = gpu(call.x.device.index)
+    form, config = choose(kernel, call.pattern, call.x.dtype, call.rows, call.columns, bucket_of(call.m), here)
     with torch.cuda.device(call.x.device):
         return form.run(call, config)
 
@@ -212,14 +200,9 @@ def _asked(problem: Problem) -> tuple[str, int, int, int, Gpu]:
     return tuning.pattern_key(problem.pattern), problem.out_features, problem.in_features, problem.rows, _here()
 
 
-def configs_of(problem: Problem, decode: Callable[[], Sequence[Config]]) -> list[Config]:
-    """What tuning measures for ``problem``: the configurations of every form and, of few activation rows, what ``decode`` gives."""
-    forms = [config for _, configs in offered(*_asked(problem)) for config in configs]
-    if problem.rows >= FEWEST_ROWS:
-        return forms
-    # The likely ones of both first, should a tuning run be short of time.
-    own = decode()
-    return [*own[:2], *forms[:4], *own[2:], *forms[4:]]
+def configs_of(problem: Problem) -> list[Config]:
+    """What tuning measures for ``problem``: the configurations of every form."""
+    return [config for _, configs in offered(*_asked(problem)) for config in configs]
 
 
 def compilations_of(problem: Problem, config: Config) -> Compilations:

@@ -101,11 +101,6 @@ class NMForm(ExpandedForm):
         PrefillTile(16, 1, 2, 6, 1, 2),
         PrefillTile(8, 1, 2, 6, 1, 2),
     )
-    few_rows_tiles: ClassVar[tuple[PrefillTile, ...]] = (
-        PrefillTile(16, 1, 2, 6, 1, 4),
-        PrefillTile(8, 1, 2, 6, 1, 4),
-        PrefillTile(8, 1, 2, 6, 1),
-    )
 
 
 def _streams(parts: int) -> StreamSource:
@@ -127,11 +122,6 @@ class UnstructuredForm(ExpandedForm):
         PrefillTile(32, 1, 2, 2, 1, 2),
         PrefillTile(16, 1, 2, 4, 1, 2),
         PrefillTile(8, 1, 2, 6, 1, 2),
-    )
-    few_rows_tiles: ClassVar[tuple[PrefillTile, ...]] = (
-        PrefillTile(16, 1, 2, 4, 1, 4),
-        PrefillTile(8, 1, 2, 6, 1, 4),
-        PrefillTile(8, 1, 2, 6, 1),
     )
 
     def configs(self, pattern: str, rows: int, columns: int, m: int, here: Gpu) -> Sequence[Config]:

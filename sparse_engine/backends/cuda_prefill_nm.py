@@ -29,17 +29,6 @@ class SparseWgmmaForm(WgmmaForm):
         PrefillTile(8, 2, 2, 6, 1, splits=2),
         PrefillTile(8, 1, 2, 4, 1, min_blocks=2),
     )
-    few_rows_tiles: ClassVar[tuple[PrefillTile, ...]] = (
-        PrefillTile(16, 1, 2, 6, 2, a_shared=1, batch=2),
-        PrefillTile(16, 1, 2, 6, 1, a_shared=1, batch=2),
-        PrefillTile(16, 1, 2, 6, 1, splits=2, a_shared=1, batch=2),
-        PrefillTile(16, 1, 2, 6, 1, splits=4, a_shared=1, batch=2),
-        PrefillTile(16, 1, 1, 4, 1, min_blocks=2),
-        PrefillTile(8, 1, 2, 8, 2, a_shared=1, batch=2),
-        PrefillTile(8, 1, 2, 8, 1, a_shared=1, batch=2),
-        PrefillTile(8, 1, 2, 8, 1, splits=2, a_shared=1, batch=2),
-        PrefillTile(8, 1, 2, 8, 1, splits=4, a_shared=1, batch=2),
-    )
 
     def clocks(self, tile: PrefillTile, rows: int, columns: int, m: int, here: Gpu) -> float:
         """Fitted to measurements on an H100: a product of m64 takes half a clock for each activation row and about as much for its weights

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparse_engine import cuda
 from sparse_engine.backends.cuda_decode import UNIT, Gpu, gpu
-from sparse_engine.backends.cuda_prefill import FEWEST_MEASURED_ROWS, FEWEST_ROWS, Call, Compilations, Form, bucket_of
+from sparse_engine.backends.cuda_prefill import Call, Compilations, Form
 from sparse_engine.errors import KernelUnavailableError
 from sparse_engine.registry import Config
 
@@ -232,14 +232,11 @@ class WgmmaForm(Form):
 
     Attributes:
         source: the kernel.
-        tiles: what tuning measures, a dozen at most for any number of rows.
-        few_rows_tiles: further ones for at most 128 activation rows, where reading the weights still binds.
+        tiles: what tuning measures, a dozen at most.
     """
 
-    fewest_rows: ClassVar[int] = FEWEST_MEASURED_ROWS
     source: ClassVar[PrefillSource]
     tiles: ClassVar[tuple[PrefillTile, ...]]
-    few_rows_tiles: ClassVar[tuple[PrefillTile, ...]] = ()
 
     def unsupported(self, here: Gpu) -> str | None:
         return None if here.arch == "sm_90a" else f"runs on compute capability 9.0, not on {here.arch}"
@@ -249,10 +246,7 @@ class WgmmaForm(Form):
         return estimated_clocks(tile, rows, columns, m, here)
 
     def configs(self, pattern: str, rows: int, columns: int, m: int, here: Gpu) -> Sequence[Config]:
-        tiles = self.tiles
-        if m < FEWEST_ROWS:
-            tiles = tuple(tile for tile in self.few_rows_tiles + tiles if tile.tokens <= max(64, bucket_of(m)))
-        able = [tile for tile in tiles if self.source.fits(tile, here) and (tile.splits == 1 or tile.splits * UNIT <= columns)]
+        able = [tile for tile in self.tiles if self.source.fits(tile, here) and (tile.splits == 1 or tile.splits * UNIT <= columns)]
         return [(self.name, *astuple(tile)) for tile in sorted(able, key=lambda tile: self.clocks(tile, rows, columns, m, here))]
 
     def tile_of(self, config: Config) -> PrefillTile:

@@ -201,10 +201,8 @@ def _linear(
     relu: bool,
 ) -> Tensor:
     streams = Streams(offsets, depth, parts)
-    if x.numel() >= cuda_prefill.FEWEST_MEASURED_ROWS * columns:
-        call = cuda_prefill.Call("unstructured", x, weight, bias, residual, rows, columns, relu, streams)
-        if (y := cuda_prefill.product(_NAME, call)) is not None:
-            return y
+    if x.numel() >= cuda_prefill.FEWEST_ROWS * columns:
+        return cuda_prefill.product(_NAME, cuda_prefill.Call("unstructured", x, weight, bias, residual, rows, columns, relu, streams))
     return run_decode(_choose, x, weight, bias, residual, rows, columns, relu, streams)
 
 
@@ -240,10 +238,14 @@ class CudaUnstructuredKernel(Kernel):
         return estimate_us(problem, problem.packed_nbytes)
 
     def configs(self, problem: Problem) -> Sequence[Config]:
-        return cuda_prefill.configs_of(problem, lambda: configs("unstructured", problem, current_gpu()))
+        if problem.rows >= cuda_prefill.FEWEST_ROWS:
+            return cuda_prefill.configs_of(problem)
+        return configs("unstructured", problem, current_gpu())
 
     def compilations(self, problem: Problem, config: Config) -> Sequence[tuple[str, str, tuple[tuple[str, int], ...]]]:
-        return cuda_prefill.compilations_of(problem, config) or compilations("unstructured", problem, config, current_gpu())
+        if problem.rows >= cuda_prefill.FEWEST_ROWS:
+            return cuda_prefill.compilations_of(problem, config)
+        return compilations("unstructured", problem, config, current_gpu())
 
     def layout_nbytes(self, problem: Problem, packed: PackedWeight) -> int | None:
         if "bitmask" not in packed.tensors or packed.tensors["bitmask"].is_meta:

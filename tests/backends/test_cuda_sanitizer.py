@@ -85,8 +85,8 @@ kernel = registry.get("cuda_unstructured" if pattern == "unstructured" else "cud
 parsed = SparsityPattern.parse("0.5" if pattern == "unstructured" else pattern)
 here = cuda_prefill.gpu(torch.cuda.current_device())
 ran = 0
-# Rows, columns and activation rows that fill no tile; 100 are of the forms for few.
-for rows, columns, m in ((200, 1288, 300), (72, 520, 100)):
+# Rows, columns and activation rows that fill no tile.
+for rows, columns, m in ((200, 1288, 300), (72, 520, 150)):
     packed = random_packed((rows, columns), parsed, torch.bfloat16, "cuda")
     layout = kernel.prepare(packed)
     bias = torch.randn(rows, device="cuda", dtype=torch.bfloat16)
