@@ -6,14 +6,11 @@
 // serves two steps. Consumers load the positions into registers.
 //   BATCH       products of a warpgroup that go to the tensor cores together, a divisor of 2 * M_BLOCKS
 //   A_SHARED 0: values go from memory straight into registers of the consumers, half a unit or a batch ahead
-//   A_SHARED 1: bulk copies bring them into the buffers of x, 1 KB for each row tile of 16, and consumers read them a batch ahead
-//   A_SHARED 2: producer warps load them AHEAD buffers ahead and store them into the buffers of x, [64 rows][32 kept values] of each m64
+//   A_SHARED 1: producer warps load them AHEAD buffers ahead and store them into the buffers of x, [64 rows][32 kept values] of each m64
 //               block, for wgmma to read there. A chunk's word w of all lanes together is an 8 x 16-byte matrix (w % 2: its rows, w / 2:
 //               its columns), so that one stmatrix takes a chunk from the lanes' order to that of rows
 #if A_SHARED
 #define WEIGHT_STAGE_BYTES (M_BLOCKS * CONSUMERS * 4096)
-#endif
-#if A_SHARED == 2
 #define STORING_WARPS 4
 // Values in registers.
 #ifndef AHEAD
@@ -38,10 +35,10 @@
 #endif
 // Products of a warpgroup in a unit, of which BATCH at a time go to the tensor cores.
 #define PRODUCTS (STEPS * M_BLOCKS)
-#if A_SHARED != 2
+#if !A_SHARED
 // Operands that are loaded together, while those loaded before are multiplied: a scoreboard counts all loads under way, and so who waits
 // for one waits for those behind it as well.
-#define GROUP (A_SHARED || BATCH > 1 ? BATCH : PRODUCTS / 2)
+#define GROUP (BATCH > 1 ? BATCH : PRODUCTS / 2)
 #define SETS (2 * GROUP)
 static_assert(PRODUCTS % SETS == 0 && GROUP % BATCH == 0, "an operand's registers are known at compile time");
 #endif
@@ -51,19 +48,7 @@ __device__ __forceinline__ u32 quads_before(const Params& p, int tile, int unit)
   return ((u32)min(tile, (p.rows + 15) / 16 - 1) * p.units + unit) * UNIT_QUADS;
 }
 
-#if A_SHARED == 1
-struct BulkSupply {
-  __device__ __forceinline__ BulkSupply(const Params&, int, int) {}
-
-  __device__ __forceinline__ void fill(const Params& p, u32 target, u32 barrier, int tile, int unit, int s) const {
-    const int i = threadIdx.x & 31;
-    if (i >= TILE_FRAGMENTS) return;
-    u64 policy;
-    asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-    bulk_copy(target + i * 1024, p.weight + quads_before(p, tile + i, unit) + (1 + s * 2) * 32, 1024, barrier, policy);
-  }
-};
-#elif A_SHARED == 2
+#if A_SHARED
 // The values of the row tiles 4 b + w of each tile of the block, for warp w of the producers.
 struct StoredSupply {
   static constexpr int TILES = M_BLOCKS * CONSUMERS;
@@ -138,21 +123,14 @@ struct StoredSupply {
 #endif
 
 struct Weights {
-#if A_SHARED == 2
+#if A_SHARED
   using Supply = StoredSupply;
-#elif A_SHARED == 1
-  using Supply = BulkSupply;
-  Ring reading;  // the buffer that operands are read from next
-  int unread;    // buffers of the tile from it on
-  u32 fragments; // the one that they are read from
 #else
   using Supply = NoSupply;
+  uint4 values[SETS];
 #endif
   const uint4* source[M_BLOCKS]; // of the unit at hand, this lane's
   u32 positions[PARITIES][M_BLOCKS][4];
-#if A_SHARED != 2
-  uint4 values[SETS];
-#endif
 
   __device__ __forceinline__ Weights(const Params&, u32, int, int, int) {}
 
@@ -202,29 +180,12 @@ struct Weights {
 #endif
   }
 
-#if A_SHARED == 1
-  // Operand A of the next product, the `i`th of its unit. Behind the last buffer of the tile, that one is read again, to no purpose.
-  __device__ __forceinline__ void read_values(int i) {
-    const u32 smem = shared_address(dynamic);
-    const int s = i / M_BLOCKS % STEPS, fragment = ((threadIdx.x >> 7) * M_BLOCKS + i % M_BLOCKS) * 4 + (threadIdx.x >> 5 & 3);
-    if (i % (2 * M_BLOCKS) == 0 && unread > 0) {
-      barrier_wait(smem + BARRIERS_AT + 8 * reading.slot, reading.parity);
-      fragments = smem + reading.slot * STAGE_BYTES + X_STAGE_BYTES + (threadIdx.x & 31) * 16;
-      reading.advance();
-      --unread;
-    }
-    u32 v[4];
-    load_shared_x4(fragments + fragment * 1024 + s % 2 * 512, v);
-    values[i % SETS] = make_uint4(v[0], v[1], v[2], v[3]);
-  }
-#endif
-
   // d += product i of the unit at hand, step i / M_BLOCKS, whose columns are in `buffer`.
   template <int SELECTOR>
   __device__ __forceinline__ void multiply_step(Sum (&d)[N_TILES][4], u32 buffer, int i, u32 word) const {
     const int s = i / M_BLOCKS;
     const u64 b = describe(buffer + s % 2 * 64);
-#if A_SHARED == 2
+#if A_SHARED
     const u32 block = (threadIdx.x >> 7) * M_BLOCKS + i % M_BLOCKS;
     wgmma_sparse_shared<SELECTOR>(d, describe_rows64(buffer + X_STAGE_BYTES + block * 4096 + s % 2 * 32), b, word);
 #else
@@ -252,15 +213,11 @@ struct Weights {
       const bool last = (first + BATCH) % (2 * M_BLOCKS) == 0;
       x.close(first % (2 * M_BLOCKS) == 0, last);
       if (last && (first + BATCH < PRODUCTS || ahead)) buffer = x.open();
-#if A_SHARED != 2
+#if !A_SHARED
       if (first % GROUP == 0) {
 #pragma unroll
         for (int i = first + GROUP; i < first + 2 * GROUP; ++i)
-#if A_SHARED
-          read_values(i);
-#else
           load_values(i, ahead);
-#endif
       }
 #endif
       // Products under way still read positions, those of the batch before until now.
@@ -281,13 +238,6 @@ struct Weights {
   }
 
   __device__ __forceinline__ void multiply_all(Sum (&d)[M_BLOCKS][N_TILES][4], const Params&, Buffers& x, int rounds) {
-#if A_SHARED == 1
-    reading = x.ring;
-    unread = rounds * UNIT_STAGES;
-#pragma unroll
-    for (int i = 0; i < GROUP; ++i)
-      read_values(i);
-#endif
     u32 buffer = x.open();
     for (int round = 0; round < rounds; round += PARITIES) {
       multiply<0>(d, x, buffer, round + 1 < rounds ? UNIT_QUADS : 0);

@@ -136,7 +136,7 @@ def _by_registers(source: Source, n_tiles: int, shape: tuple[int, int, int, int,
 
 def _warpgroup_tiles(source: WarpgroupSource, rows: int, columns: int, m: int, here: Gpu) -> list[Tile]:
     """Tiles whose blocks run at once, with the most splits that do and the next fewer: first those that come near one block for each
-    multiprocessor."""
+    multiprocessor, each followed by the one whose blocks share activations in pairs, if there is one."""
     n_tiles = _warpgroup_columns(m)
     unstructured = source is WGMMA_UNSTRUCTURED
     parts = unstructured_parts(columns) if unstructured else 1
@@ -152,7 +152,19 @@ def _warpgroup_tiles(source: WarpgroupSource, rows: int, columns: int, m: int, h
         fitting = [s for s, part in _AT_ONCE.items() if groups * s <= part * room and warps_k * s <= units]
         cuts = fitting[:-3:-1] or [1]
         found += [(abs(math.log(groups * splits / here.processors)), replace(tile, splits=splits)) for splits in cuts]
-    return [tile for _, tile in sorted(found, key=lambda each: each[0])]
+    plain = [tile for _, tile in sorted(found, key=lambda each: each[0])]
+    return [each for tile in plain for each in (tile, *_in_pairs(source, tile, rows, m, here))]
+
+
+def _in_pairs(source: WarpgroupSource, tile: Tile, rows: int, m: int, here: Gpu) -> list[Tile]:
+    """``tile`` in clusters of two row groups that share activations, where those are much of the traffic and all blocks run at once."""
+    size = 2 * tile.splits
+    if source.arranged or m <= 16 or size not in _AT_ONCE:
+        return []
+    paired = replace(tile, cluster=2)
+    room = here.processors * blocks_at_once(paired, source.shared_bytes(paired, m, 0), here)
+    blocks = -(-rows // (2 * tile.block_rows)) * size
+    return [paired] if blocks <= _AT_ONCE[size] * room else []
 
 
 def _streamed_tiles(source: StreamedSource, rows: int, columns: int, m: int, here: Gpu) -> list[Tile]:
