@@ -18,11 +18,11 @@
 #define SLOTS_AT (SLOT_BARRIERS_AT + (8 * 4 * CONSUMERS * SLOTS + 127) / 128 * 128)
 
 struct Weights {
-  using Supply = NoSupply;
-
   u32 slots, barriers, slot, parity;
   u64 policy;
   Sequence sequence;
+
+  static __device__ __forceinline__ void produce(const Params&, u32, u32, int, int) {}
 
   // Units come from tile to tile by themselves.
   __device__ __forceinline__ void start(const Params&, int, int) {}

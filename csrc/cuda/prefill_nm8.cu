@@ -16,26 +16,19 @@
 
 static_assert(VALUES == 1 || VALUES == 2, "values of 8 bits");
 
-struct BulkSupply {
-  __device__ __forceinline__ BulkSupply(const Params&, int, int) {}
+struct Weights {
+  __device__ __forceinline__ Weights(const Params&, u32, int, int, int) {}
 
-  __device__ __forceinline__ void fill(const Params& p, u32 target, u32 barrier, int tile, int unit, int s) {
+  static __device__ __forceinline__ void produce(const Params& p, u32 target, u32 barrier, int tile, int stage) {
     const int i = threadIdx.x & 31;
     if (i >= M_BLOCKS * CONSUMERS) return;
     // Blocks behind the last row read the last one again; their sums are not stored.
     const int block = min(tile / 4 + i, (p.rows + 63) / 64 - 1);
-    const unsigned char* source =
-        (const unsigned char*)p.weight + ((size_t)block * (UNIT_STAGES * p.units) + unit * UNIT_STAGES + s) * BLOCK_BYTES;
+    const unsigned char* source = (const unsigned char*)p.weight + ((size_t)block * (2 * p.units) + stage) * BLOCK_BYTES;
     u64 policy;
     asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
     bulk_copy(target + i * BLOCK_BYTES, source, BLOCK_BYTES, barrier, policy);
   }
-};
-
-struct Weights {
-  using Supply = BulkSupply;
-
-  __device__ __forceinline__ Weights(const Params&, u32, int, int, int) {}
 
   // Zeros are in their registers before the first product.
   static __device__ __forceinline__ void hold(Sum (&d)[M_BLOCKS][N_TILES][4]) {
@@ -68,8 +61,8 @@ struct Weights {
         for (int step = 0; step < 2; ++step)
 #pragma unroll
           for (int mb = 0; mb < M_BLOCKS; ++mb)
-            wgmma_sparse_shared<0>(d[mb], describe_rows64(weights + mb * BLOCK_BYTES + step * 32), describe(buffer + step * 64),
-                                   positions[stage][mb][step]);
+            wgmma_sparse_shared(d[mb], describe_rows64(weights + mb * BLOCK_BYTES + step * 32), describe(buffer + step * 64),
+                                positions[stage][mb][step]);
         commit_products();
         x.close(true, true);
       }

@@ -24,12 +24,12 @@
 #define SLOTS_AT (SLOT_BARRIERS_AT + (8 * WARPS_ROW * SLOTS + 127) / 128 * 128)
 
 struct Weights {
-  using Supply = NoSupply;
-
   u32 table;
   u64 policy;
   Slots slots;
   Sequence sequence;
+
+  static __device__ __forceinline__ void produce(const Params&, u32, u32, int, int) {}
 
   // Units come from tile to tile by themselves.
   __device__ __forceinline__ void start(const Params&, int, int) {}

@@ -39,7 +39,7 @@ In ms behind a prompt of 512 tokens, on an H100: 5.79 and 5.97 (13B, 2:4); not f
 Others were not measured.
 """
 
-_FASTER_HALVES: dict[int, tuple[int, ...]] = {4: (768,), 8: (768,)}
+_FASTER_HALVES: dict[int, tuple[int, ...]] = {4: (768,), 8: ()}
 """By the pattern's group, widths of models whose layers in two kernels each were faster than the other forms on an H200.
 
 In µs of a step, 2:4: 137 and 162 (125M); not faster were 696 and 623 (1.3B). 4:8 was not measured.

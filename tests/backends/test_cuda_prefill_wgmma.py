@@ -21,9 +21,8 @@ from sparse_engine.errors import KernelUnavailableError
 
 TILES = [
     *SparseWgmmaForm.tiles,
-    PrefillTile(32, 1, 2, 5, cluster=2, a_shared=1, batch=2),
-    PrefillTile(32, 1, 2, 5, 1, splits=2, a_shared=1, batch=2),
-    PrefillTile(16, 2, 2, 6, 1, a_shared=1, batch=4),
+    PrefillTile(20, 2, 2, 4, a_shared=1),
+    PrefillTile(32, 1, 2, 4, cluster=2, a_shared=1),
     PrefillTile(16, 2, 2, 4, cluster=2, batch=2),
     PrefillTile(16, 2, 2, 4, cluster=2, splits=2),
 ]

@@ -1,7 +1,7 @@
 // The frame of the prefill kernels (sm_90a): y (m, rows) = x (m, cols) · Wᵀ for many activation rows m, W packed (rows, cols).
 //
-// W is operand A of wgmma and comes from registers or from shared memory; x is operand B, so a block computes yᵀ: a tile of TILE_ROWS
-// weight rows by TILE_TOKENS activation rows. Compile-time macros, set by the host:
+// W is operand A of wgmma and comes from registers or, of 8-bit values, from shared memory; x is operand B, so a block computes yᵀ: a tile
+// of TILE_ROWS weight rows by TILE_TOKENS activation rows. Compile-time macros, set by the host:
 //   ELEM_BF16    1 for bfloat16, 0 for float16 (weights, x, bias, residual and y alike; sums are float32)
 //   VALUES       1: weights and x are e4m3; 2: int8, and sums int32; then each row of W and of x has a scale. 0: as above
 //   N_TILES      n-tiles of 8 activation rows of a block's tile
@@ -14,7 +14,7 @@
 //
 //              TILE_TOKENS                      x --tensor copies, multicast--> STAGES buffers [TILE_TOKENS][128 bytes], 16-byte chunks
 //        +-----------+-----------+                       exchanged by the row modulo 8, as wgmma reads them
-//        | block     | block     |              W --the kernel's own way--> registers of the consumers, or the buffers, behind x
+//        | block     | block     |              W --the kernel's own way--> registers of the consumers
 //   rows | of tile 0 | of tile 2 |              sums --transposed through shared memory, bias, ReLU, residual--> y, row-major
 //        +-----------+-----------+
 //        | tile 1    | tile 3    |              blocks stay, and take tiles cluster by cluster: along the rows of a band of BAND_TOKENS
@@ -23,10 +23,7 @@
 // A kernel is a struct of what its consumers do with W:
 //   Weights(p, smem, fragment, unit, rounds)   by a consumer warp, which has row tile `fragment` of 16 of every tile of the block, and of
 //                                              it `rounds` units of UNIT columns from `unit` on
-//   Supply                                     what producer warps do for it, buffer by buffer, or NoSupply: into the WEIGHT_STAGE_BYTES
-//   behind
-//                                              x, by bulk copies or, where STORING_WARPS is 4, by stores of all warps of the producer
-//                                              warpgroup, each of which arrives at the buffer's barrier
+//   static void produce(p, stage, full, tile, step)   by the producer warp: copies of its own into the buffer behind x (WEIGHT_STAGE_BYTES)
 //   void start(p, tile, unit)                  row tile `tile` (of m64 block 0; 4 per further block), from `unit` on, is next; may load
 //                                              ahead
 //   void multiply_all(d, p, buffers, rounds)   adds the products of `rounds` units
@@ -42,15 +39,11 @@
 #ifndef WEIGHT_STAGE_BYTES
 #define WEIGHT_STAGE_BYTES 0
 #endif
-#ifndef STORING_WARPS
-#define STORING_WARPS 0
-#endif
 #define ELEMENT_KIND (ELEM_BF16 ? BF16 : F16)
 #ifndef UNIT
 #define UNIT 256
 #endif
 #define STAGE_COLUMNS (VALUES ? 128 : 64)
-#define UNIT_STAGES (UNIT / STAGE_COLUMNS)
 #define TILE_TOKENS (8 * N_TILES)
 #define TILE_ROWS (64 * M_BLOCKS * CONSUMERS)
 #define TILE_FRAGMENTS (TILE_ROWS / 16)
@@ -61,15 +54,13 @@
 #define STAGING_AT (STAGES * STAGE_BYTES)
 #define CHUNK_TOKENS 32
 // Chunks of sums on their way to y, per consumer warpgroup: 2, and threads write them, or more, and tensor stores do while the next tile
-// runs. As many leave together as the room allows.
+// runs.
 #ifndef STORES
 #define STORES 2
 #endif
 #ifndef TENSOR_STORES
 #define TENSOR_STORES (STORES > 2)
 #endif
-#define BLOCK_CHUNKS (TILE_TOKENS / CHUNK_TOKENS)
-#define LEAVING (STORES >= BLOCK_CHUNKS * (M_BLOCKS > 1 ? 2 : 1) ? BLOCK_CHUNKS : STORES / 2)
 #define STAGING_BYTES (STORES * CHUNK_TOKENS * 128)
 #define BARRIERS_AT (STAGING_AT + CONSUMERS * STAGING_BYTES)
 #define SUMS_PITCH (TILE_ROWS + 4)
@@ -153,28 +144,21 @@ __device__ __forceinline__ void cluster_sync() {
 #if TENSOR_STORES
 // Starts copying a box from shared memory to column `column` and row `row` of y, but for what lies behind its end.
 __device__ __forceinline__ void tensor_store(const u64* map, u32 source, int column, int row) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(source), "r"(column), "r"(row)
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];\n"
+               "cp.async.bulk.commit_group;" ::"l"(map),
+               "r"(source), "r"(column), "r"(row)
                : "memory");
 }
 
-__device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-
-// Of this thread's committed groups of stores, all but PENDING have read their shared memory.
+// Of this thread's stores, all but PENDING have read their shared memory.
 template <int PENDING>
 __device__ __forceinline__ void wait_stores() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
 }
 #endif
 
-// The thread's number, read anew: what follows from it is not held in registers while products are multiplied.
-__device__ __forceinline__ u32 read_thread() {
-  u32 thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
-}
-
 // A barrier of the 128 threads of one consumer warpgroup.
-__device__ __forceinline__ void warpgroup_sync(u32 thread) { asm volatile("bar.sync %0, 128;" ::"r"(1 + (thread >> 7)) : "memory"); }
+__device__ __forceinline__ void warpgroup_sync() { asm volatile("bar.sync %0, 128;" ::"r"(1 + (threadIdx.x >> 7)) : "memory"); }
 
 struct Ring {
   u32 slot, parity;
@@ -188,20 +172,18 @@ struct Ring {
 
 // The buffers as a consumer warp goes through them, each once.
 struct Buffers {
+  u32 smem, before;
   Ring ring;
-  bool any; // a buffer of the tile has been opened
+  bool any;
 
   // Shared address of the next buffer, once it is there.
   __device__ __forceinline__ u32 open() const {
-    const u32 smem = shared_address(dynamic);
     barrier_wait(smem + BARRIERS_AT + 8 * ring.slot, ring.parity);
     return smem + ring.slot * STAGE_BYTES;
   }
 
-  // Gives back the buffer before that of the ring.
-  __device__ __forceinline__ void release() const {
-    const u32 slot = (ring.slot == 0 ? STAGES : ring.slot) - 1;
-    const u32 empty = shared_address(dynamic) + BARRIERS_AT + 8 * (STAGES + slot), lane = threadIdx.x & 31;
+  __device__ __forceinline__ void release(u32 slot) const {
+    const u32 empty = smem + BARRIERS_AT + 8 * (STAGES + slot), lane = threadIdx.x & 31;
 #if CLUSTER == 1
     if (lane == 0) barrier_arrive(empty);
 #else
@@ -214,7 +196,8 @@ struct Buffers {
   __device__ __forceinline__ void close(bool first, bool last) {
     wait_products<1>();
     if (first) {
-      if (any) release();
+      if (any) release(before);
+      before = ring.slot;
       any = true;
     }
     if (last) ring.advance();
@@ -222,28 +205,24 @@ struct Buffers {
 
   __device__ __forceinline__ void finish() {
     wait_products<0>();
-    if (any) release();
+    if (any) release(before);
     any = false;
   }
 };
 
 // Tiles in the order in which the clusters take them.
 struct Schedule {
-  int at;
+  int row_groups, token_tiles, at;
 
-  __device__ __forceinline__ Schedule() : at(blockIdx.x / CLUSTER) {}
+  __device__ __forceinline__ explicit Schedule(const Params& p)
+      : row_groups((p.rows + TILE_ROWS * CLUSTER - 1) / (TILE_ROWS * CLUSTER)), token_tiles((p.m + TILE_TOKENS - 1) / TILE_TOKENS),
+        at(blockIdx.x / CLUSTER) {}
 
-  static __device__ __forceinline__ int row_groups_of(const Params& p) {
-    return (p.rows + TILE_ROWS * CLUSTER - 1) / (TILE_ROWS * CLUSTER);
-  }
-  static __device__ __forceinline__ int token_tiles_of(const Params& p) { return (p.m + TILE_TOKENS - 1) / TILE_TOKENS; }
-
-  __device__ __forceinline__ bool any(const Params& p) const { return at < row_groups_of(p) * token_tiles_of(p); }
+  __device__ __forceinline__ bool any() const { return at < row_groups * token_tiles; }
   __device__ __forceinline__ void advance() { at += gridDim.x / CLUSTER; }
 
-  __device__ __forceinline__ void place(const Params& p, int& row, int& token) const {
+  __device__ __forceinline__ void place(int& row, int& token) const {
     constexpr int BAND = (BAND_TOKENS + TILE_TOKENS - 1) / TILE_TOKENS;
-    const int row_groups = row_groups_of(p), token_tiles = token_tiles_of(p);
     const int first = at / (BAND * row_groups) * BAND, width = min(BAND, token_tiles - first), within = at - first * row_groups;
     token = (first + within % width) * TILE_TOKENS;
     row = (within / width * CLUSTER + blockIdx.x % CLUSTER) * TILE_ROWS;
@@ -262,9 +241,9 @@ struct Piece {
   }
 };
 
-__device__ __forceinline__ void fetch_chunk(const Params& p, u32 thread, u32 buffer, int token, int row) {
+__device__ __forceinline__ void fetch_chunk(const Params& p, u32 buffer, int token, int row) {
 #pragma unroll
-  for (int i = thread & 127; i < CHUNK_TOKENS * 8; i += 128) {
+  for (int i = threadIdx.x & 127; i < CHUNK_TOKENS * 8; i += 128) {
     const Piece piece(buffer, i);
     const int n = token + piece.token, r = row + piece.column;
     u16 v[8] = {};
@@ -281,9 +260,9 @@ __device__ __forceinline__ void fetch_chunk(const Params& p, u32 thread, u32 buf
   }
 }
 
-__device__ __forceinline__ void write_chunk(const Params& p, u32 thread, u32 buffer, int token, int row) {
+__device__ __forceinline__ void write_chunk(const Params& p, u32 buffer, int token, int row) {
 #pragma unroll
-  for (int i = thread & 127; i < CHUNK_TOKENS * 8; i += 128) {
+  for (int i = threadIdx.x & 127; i < CHUNK_TOKENS * 8; i += 128) {
     const Piece piece(buffer, i);
     const int n = token + piece.token, r = row + piece.column;
     if (n >= p.m || r >= p.rows) continue;
@@ -321,70 +300,41 @@ struct Scales {
   }
 };
 
-// The bias of a lane's sums.
-struct Bias {
-  u16 values[M_BLOCKS][2] = {};
-
-  // `row` is that of the warpgroup's first sum. Under way from here on, and so beside the last products.
-  __device__ __forceinline__ Bias(const Params& p, u32 thread, int row) {
-    if (!p.bias) return;
-#pragma unroll
-    for (int mb = 0; mb < M_BLOCKS; ++mb)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int mine = row + mb * 64 + (thread >> 5 & 3) * 16 + (thread >> 2 & 7) + half * 8;
-        if (mine < p.rows) asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(values[mb][half]) : "l"(p.bias + mine));
-      }
-  }
-};
-
 // Rounds the tile's sums and writes them to y: a warp's fragments of yᵀ are stored transposed into chunks of shared memory, of which
-// whole lines of y are written. `row` and `token` are the place of the warpgroup's first sum.
-__device__ __forceinline__ void store_tile(const Params& p, u32 thread, u32 staging, const Sum (&d)[M_BLOCKS][N_TILES][4],
-                                           const Bias& biases, int row, int token) {
-  constexpr int TURNS = (BLOCK_CHUNKS + LEAVING - 1) / LEAVING, PLACES = STORES / LEAVING;
-  const int lane = thread & 31, warp = thread >> 5 & 3;
+// whole lines of y are written. `row` and `token` are the place of the warpgroup's first sum, `slot` the chunk that is next in turn.
+__device__ __forceinline__ void store_tile(const Params& p, u32 staging, const Sum (&d)[M_BLOCKS][N_TILES][4], int row, int token,
+                                           u32& slot) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3;
   // Of the four 8 x 8 matrices that a warp moves at a time: activation row and chunk of 16 bytes for which the lane gives the address.
   const u32 from = (lane >> 4) * 8 + (lane & 7), at = from * 128 + ((warp * 2 + (lane >> 3 & 1)) ^ (lane & 7)) * 16;
-  // The sums of the tile before have left, mostly long ago.
-#if TENSOR_STORES
-  if ((thread & 127) == 0) wait_stores<0>();
-#endif
-  warpgroup_sync(thread);
 #pragma unroll
   for (int mb = 0; mb < M_BLOCKS; ++mb) {
-    const int first = row + mb * 64;
+    const int first = row + mb * 64, mine = first + warp * 16 + (lane >> 2);
     if (first >= p.rows) return;
-    const float bias[2] = {to_float(biases.values[mb][0]), to_float(biases.values[mb][1])};
-    const Scales scales(p, first + warp * 16 + (lane >> 2));
+    float bias[2] = {0.0f, 0.0f};
+    if (p.bias) {
+      if (mine < p.rows) bias[0] = to_float(p.bias[mine]);
+      if (mine + 8 < p.rows) bias[1] = to_float(p.bias[mine + 8]);
+    }
+    const Scales scales(p, mine);
 #pragma unroll
-    for (int begin = 0; begin < BLOCK_CHUNKS; begin += LEAVING) {
-      const int turn = mb * TURNS + begin / LEAVING, chunks = min(LEAVING, BLOCK_CHUNKS - begin);
-      const int present = min(chunks, (p.m - token + CHUNK_TOKENS - 1) / CHUNK_TOKENS - begin);
-      if (present <= 0) {
-        // Waiting counts every turn.
+    for (int chunk = 0; chunk < TILE_TOKENS / CHUNK_TOKENS; ++chunk) {
+      const int n = token + chunk * CHUNK_TOKENS;
+      if (n >= p.m) break;
+      const u32 buffer = staging + slot * (CHUNK_TOKENS * 128);
+      if (++slot == STORES) slot = 0;
+      // What was in the chunk has left it.
 #if TENSOR_STORES
-        if ((thread & 127) == 0) commit_stores();
+      if ((threadIdx.x & 127) == 0) wait_stores<STORES - 1>();
 #endif
-        continue;
-      }
-      const u32 place = staging + turn % PLACES * (LEAVING * CHUNK_TOKENS * 128);
-      // What was there has left.
-      if (turn >= PLACES) {
-#if TENSOR_STORES
-        if ((thread & 127) == 0) wait_stores<PLACES - 1>();
-#endif
-        warpgroup_sync(thread);
-      }
+      warpgroup_sync();
       if (p.residual) {
-#pragma unroll 1
-        for (int i = 0; i < present; ++i)
-          fetch_chunk(p, thread, place + i * (CHUNK_TOKENS * 128), token + (begin + i) * CHUNK_TOKENS, first);
-        warpgroup_sync(thread);
+        fetch_chunk(p, buffer, n, first);
+        warpgroup_sync();
       }
 #pragma unroll
-      for (int pair = 0; pair < chunks * (CHUNK_TOKENS / 16); ++pair) {
-        const u32 address = place + pair * (16 * 128) + at;
+      for (int pair = 0; pair < CHUNK_TOKENS / 16; ++pair) {
+        const u32 address = buffer + pair * (16 * 128) + at;
         u32 held[4] = {0, 0, 0, 0}, v[4];
         if (p.residual)
           asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -393,7 +343,7 @@ __device__ __forceinline__ void store_tile(const Params& p, u32 thread, u32 stag
                        : "memory");
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int nt = begin * (CHUNK_TOKENS / 8) + pair * 2 + i / 2;
+          const int nt = chunk * (CHUNK_TOKENS / 8) + pair * 2 + i / 2;
           const float2 sums = scales.apply(p, d[mb][nt], i % 2, token + nt * 8);
           float low = sums.x + bias[i % 2], high = sums.y + bias[i % 2];
           if (p.relu) low = fmaxf(low, 0.0f), high = fmaxf(high, 0.0f);
@@ -406,21 +356,15 @@ __device__ __forceinline__ void store_tile(const Params& p, u32 thread, u32 stag
       }
 #if TENSOR_STORES
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-      warpgroup_sync(thread);
-#if TENSOR_STORES
+      warpgroup_sync();
       if (p.y_vector) {
-        if ((thread & 127) != 0) continue;
-#pragma unroll 1
-        for (int i = 0; i < present; ++i)
-          tensor_store(p.y_map, place + i * (CHUNK_TOKENS * 128), first, token + (begin + i) * CHUNK_TOKENS);
-        commit_stores();
+        if ((threadIdx.x & 127) == 0) tensor_store(p.y_map, buffer, first, n);
         continue;
       }
+#else
+      warpgroup_sync();
 #endif
-#pragma unroll 1
-      for (int i = 0; i < present; ++i)
-        write_chunk(p, thread, place + i * (CHUNK_TOKENS * 128), token + (begin + i) * CHUNK_TOKENS, first);
+      write_chunk(p, buffer, n, first);
     }
   }
 }
@@ -511,80 +455,57 @@ __device__ __forceinline__ void reduce_and_store(const Params& p, const float* s
 }
 #endif
 
-// Of a kernel whose consumers fetch W themselves.
-struct NoSupply {
-  __device__ __forceinline__ NoSupply(const Params&, int, int) {}
-  __device__ __forceinline__ void fill(const Params&, u32, u32, int, int, int) {}
-};
-
 template <class Weights>
 __device__ __forceinline__ void produce(const Params& p, u32 smem, int begin, int rounds) {
-  const u32 full = smem + BARRIERS_AT, empty = full + 8 * STAGES;
-  const bool copies = threadIdx.x == 128 * CONSUMERS;
+  const u32 full = smem + BARRIERS_AT, empty = full + 8 * STAGES, lane = threadIdx.x & 31;
   const u32 part = blockIdx.x % CLUSTER;
 #if CLUSTER > 1
   const u16 mask = (u16)(((1u << CLUSTER) - 1) << (blockIdx.y * CLUSTER));
 #endif
   const u64 policy = activation_policy();
-  typename Weights::Supply weights(p, begin, rounds);
   Ring ring = {0, 1};
   wait_predecessor();
-  for (Schedule tiles; tiles.any(p); tiles.advance()) {
+  for (Schedule tiles(p); tiles.any(); tiles.advance()) {
     int row, token;
-    tiles.place(p, row, token);
-    for (int unit = begin; unit < begin + rounds; ++unit) {
-#pragma unroll
-      for (int s = 0; s < UNIT_STAGES; ++s) {
-        const u32 buffer = smem + ring.slot * STAGE_BYTES, barrier = full + 8 * ring.slot;
-        barrier_wait(empty + 8 * ring.slot, ring.parity);
-        if (copies) {
-          barrier_expect(barrier, STORING_WARPS ? X_STAGE_BYTES : STAGE_BYTES);
-          const u32 target = buffer + part * (X_STAGE_BYTES / CLUSTER);
-          const int column = (unit * UNIT_STAGES + s) * STAGE_COLUMNS, first = token + part * (TILE_TOKENS / CLUSTER);
+    tiles.place(row, token);
+    for (int stage = begin * (UNIT / STAGE_COLUMNS); stage < (begin + rounds) * (UNIT / STAGE_COLUMNS); ++stage) {
+      const u32 buffer = smem + ring.slot * STAGE_BYTES, barrier = full + 8 * ring.slot;
+      barrier_wait(empty + 8 * ring.slot, ring.parity);
+      if (lane == 0) {
+        barrier_expect(barrier, STAGE_BYTES);
+        const u32 target = buffer + part * (X_STAGE_BYTES / CLUSTER);
+        const int column = stage * STAGE_COLUMNS, first = token + part * (TILE_TOKENS / CLUSTER);
 #if CLUSTER == 1
-          tensor_copy(target, p.x, column, first, barrier, policy);
+        tensor_copy(target, p.x, column, first, barrier, policy);
 #else
-          tensor_copy_to_all(target, p.x, column, first, barrier, mask, policy);
+        tensor_copy_to_all(target, p.x, column, first, barrier, mask, policy);
 #endif
-        }
-        __syncwarp();
-        weights.fill(p, buffer + X_STAGE_BYTES, barrier, row / 16, unit, s);
-        ring.advance();
       }
+      __syncwarp();
+      Weights::produce(p, buffer + X_STAGE_BYTES, barrier, row / 16, stage);
+      ring.advance();
     }
   }
 }
 
 template <class Weights>
 __device__ __forceinline__ void consume(const Params& p, int begin, int rounds) {
-  const u32 smem = shared_address(dynamic);
-  // Of the warpgroup: rows of the tile before its own; of the warp: its row tile of 16.
-  const auto above = [](u32 thread) { return (int)(thread >> 7) * (64 * M_BLOCKS); };
-  const auto fragment = [&](u32 thread) { return above(thread) / 16 + (int)(thread >> 5 & 3); };
-  Buffers buffers = {{0, 0}, false};
-  Weights weights(p, smem, fragment(threadIdx.x), begin, rounds);
-  Schedule tiles;
-  if (!tiles.any(p)) return;
+  const u32 smem = shared_address(dynamic), warpgroup = threadIdx.x >> 7;
+  const int above = warpgroup * (64 * M_BLOCKS), fragment = above / 16 + (threadIdx.x >> 5 & 3);
+  Buffers buffers = {smem, 0, {0, 0}, false};
+  Weights weights(p, smem, fragment, begin, rounds);
+  Schedule tiles(p);
+  if (!tiles.any()) return;
   int row, token;
-  tiles.place(p, row, token);
-  weights.start(p, row / 16 + fragment(threadIdx.x), begin);
-#ifdef STAGGER
-  // Warpgroups begin apart, and so one stores its sums while others multiply.
-  for (const long long begun = clock64(); clock64() - begun < (threadIdx.x >> 7) * STAGGER;) {
-  }
-#endif
+  tiles.place(row, token);
+  weights.start(p, row / 16 + fragment, begin);
   bool first = true;
+#if SPLITS == 1
+  u32 slot = 0;
+#endif
   while (true) {
     Sum d[M_BLOCKS][N_TILES][4] = {};
     weights.multiply_all(d, p, buffers, rounds);
-    // From here on the place of the tile is found anew.
-    const u32 thread = read_thread();
-    asm volatile("" : "+r"(tiles.at));
-    tiles.place(p, row, token);
-#if SPLITS == 1
-    const int done_row = row + above(thread), done_token = token;
-    const Bias bias(p, thread, done_row);
-#endif
     buffers.finish();
     // Nothing that reads the sums may move up before the wait.
 #pragma unroll
@@ -598,21 +519,22 @@ __device__ __forceinline__ void consume(const Params& p, int begin, int rounds) 
     first = false;
 #if SPLITS > 1
     cluster_sync();
-    collect(p, (float*)dynamic, d, above(thread), row, token);
+    collect(p, (float*)dynamic, d, above, row, token);
     cluster_sync();
     reduce_and_store(p, (const float*)dynamic, row, token);
     return;
 #else
+    const int done_row = row, done_token = token;
     tiles.advance();
-    const bool more = tiles.any(p);
+    const bool more = tiles.any();
     if (more) {
-      tiles.place(p, row, token);
-      weights.start(p, row / 16 + fragment(thread), begin);
+      tiles.place(row, token);
+      weights.start(p, row / 16 + fragment, begin);
     }
-    store_tile(p, thread, smem + STAGING_AT + (thread >> 7) * STAGING_BYTES, d, bias, done_row, done_token);
+    store_tile(p, smem + STAGING_AT + warpgroup * STAGING_BYTES, d, done_row + above, done_token, slot);
     if (more) continue;
 #if TENSOR_STORES
-    if ((thread & 127) == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+    if ((threadIdx.x & 127) == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 #endif
     return;
 #endif
@@ -622,11 +544,11 @@ __device__ __forceinline__ void consume(const Params& p, int begin, int rounds) 
 template <class Weights>
 __device__ __forceinline__ void prefill(const Params& p) {
   const u32 smem = shared_address(dynamic);
-  const int split = SPLITS > 1 ? blockIdx.y : 0;
+  const int split = blockIdx.y;
   const int begin = (int)((long long)p.units * split / SPLITS), rounds = (int)((long long)p.units * (split + 1) / SPLITS) - begin;
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; ++s) {
-      barrier_init(smem + BARRIERS_AT + 8 * s, 1 + STORING_WARPS);
+      barrier_init(smem + BARRIERS_AT + 8 * s, 1);
       barrier_init(smem + BARRIERS_AT + 8 * (STAGES + s), 4 * CONSUMERS * CLUSTER);
     }
     barrier_init_fence();
@@ -638,7 +560,7 @@ __device__ __forceinline__ void prefill(const Params& p) {
   __syncthreads();
   if (threadIdx.x >= 128 * CONSUMERS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
-    if (threadIdx.x < 128 * CONSUMERS + (STORING_WARPS ? 128 : 32)) produce<Weights>(p, smem, begin, rounds);
+    if (threadIdx.x < 128 * CONSUMERS + 32) produce<Weights>(p, smem, begin, rounds);
 #if SPLITS > 1
     __syncwarp();
     cluster_sync();

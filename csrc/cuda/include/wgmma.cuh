@@ -49,63 +49,63 @@ typedef float Sum;
 #define WGMMA_OPERANDS D4(0)
 #define WGMMA_AB "{%4, %5, %6, %7}, %8"
 #define WGMMA_META "%9, %10"
-#define WGMMA_SHARED "%4, %5, %6, %7"
+#define WGMMA_SHARED "%4, %5, %6, 0"
 #elif N_TILES == 2
 #define WGMMA_N "n16"
 #define WGMMA_D LIST8
 #define WGMMA_OPERANDS D4(0), D4(1)
 #define WGMMA_AB "{%8, %9, %10, %11}, %12"
 #define WGMMA_META "%13, %14"
-#define WGMMA_SHARED "%8, %9, %10, %11"
+#define WGMMA_SHARED "%8, %9, %10, 0"
 #elif N_TILES == 4
 #define WGMMA_N "n32"
 #define WGMMA_D LIST16
 #define WGMMA_OPERANDS D16(0)
 #define WGMMA_AB "{%16, %17, %18, %19}, %20"
 #define WGMMA_META "%21, %22"
-#define WGMMA_SHARED "%16, %17, %18, %19"
+#define WGMMA_SHARED "%16, %17, %18, 0"
 #elif N_TILES == 8
 #define WGMMA_N "n64"
 #define WGMMA_D LIST32
 #define WGMMA_OPERANDS D16(0), D16(4)
 #define WGMMA_AB "{%32, %33, %34, %35}, %36"
 #define WGMMA_META "%37, %38"
-#define WGMMA_SHARED "%32, %33, %34, %35"
+#define WGMMA_SHARED "%32, %33, %34, 0"
 #elif N_TILES == 12
 #define WGMMA_N "n96"
 #define WGMMA_D LIST48
 #define WGMMA_OPERANDS D16(0), D16(4), D16(8)
 #define WGMMA_AB "{%48, %49, %50, %51}, %52"
 #define WGMMA_META "%53, %54"
-#define WGMMA_SHARED "%48, %49, %50, %51"
+#define WGMMA_SHARED "%48, %49, %50, 0"
 #elif N_TILES == 16
 #define WGMMA_N "n128"
 #define WGMMA_D LIST64
 #define WGMMA_OPERANDS D16(0), D16(4), D16(8), D16(12)
 #define WGMMA_AB "{%64, %65, %66, %67}, %68"
 #define WGMMA_META "%69, %70"
-#define WGMMA_SHARED "%64, %65, %66, %67"
+#define WGMMA_SHARED "%64, %65, %66, 0"
 #elif N_TILES == 20
 #define WGMMA_N "n160"
 #define WGMMA_D LIST80
 #define WGMMA_OPERANDS D16(0), D16(4), D16(8), D16(12), D16(16)
 #define WGMMA_AB "{%80, %81, %82, %83}, %84"
 #define WGMMA_META "%85, %86"
-#define WGMMA_SHARED "%80, %81, %82, %83"
+#define WGMMA_SHARED "%80, %81, %82, 0"
 #elif N_TILES == 24
 #define WGMMA_N "n192"
 #define WGMMA_D LIST96
 #define WGMMA_OPERANDS D16(0), D16(4), D16(8), D16(12), D16(16), D16(20)
 #define WGMMA_AB "{%96, %97, %98, %99}, %100"
 #define WGMMA_META "%101, %102"
-#define WGMMA_SHARED "%96, %97, %98, %99"
+#define WGMMA_SHARED "%96, %97, %98, 0"
 #elif N_TILES == 32
 #define WGMMA_N "n256"
 #define WGMMA_D LIST128
 #define WGMMA_OPERANDS D16(0), D16(4), D16(8), D16(12), D16(16), D16(20), D16(24), D16(28)
 #define WGMMA_AB "{%128, %129, %130, %131}, %132"
 #define WGMMA_META "%133, %134"
-#define WGMMA_SHARED "%128, %129, %130, %131"
+#define WGMMA_SHARED "%128, %129, %130, 0"
 #else
 #error "wgmma.cuh has forms for 8, 16, 32, 64, 96, 128, 160, 192 and 256 activation rows"
 #endif
@@ -123,15 +123,12 @@ __device__ __forceinline__ void wgmma_dense(float (&d)[N_TILES][4], u32 a0, u32 
 #if VALUES == 1
 #define WGMMA_SPARSE "k64." WGMMA_TYPES
 #define WGMMA_SCALES ", 1, 1, 1;"
-#define WGMMA_SHARED_SCALES WGMMA_SCALES
 #elif VALUES == 2
 #define WGMMA_SPARSE "k64." WGMMA_TYPES
 #define WGMMA_SCALES ", 1;"
-#define WGMMA_SHARED_SCALES WGMMA_SCALES
 #else
 #define WGMMA_SPARSE "k32." WGMMA_TYPES
 #define WGMMA_SCALES ", 1, 1, 1, 0;"
-#define WGMMA_SHARED_SCALES ", 1, 1, 1, 0, 0;"
 #endif
 
 // d += A (64 x 32 or, of 8-bit values, 64; two of four kept) · B (as many columns of x).
@@ -142,13 +139,14 @@ __device__ __forceinline__ void wgmma_sparse(Sum (&d)[N_TILES][4], const uint4& 
                : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(meta), "n"(SELECTOR));
 }
 
-// The same with A in shared memory too, [64][64 bytes of kept values] as describe_rows64 takes it.
-template <int SELECTOR>
+#if VALUES
+// The same with A in shared memory too, [64][32 kept values] as describe_rows64 takes it.
 __device__ __forceinline__ void wgmma_sparse_shared(Sum (&d)[N_TILES][4], u64 a, u64 b, u32 meta) {
-  asm volatile("wgmma.mma_async.sp.sync.aligned.m64" WGMMA_N WGMMA_SPARSE " {" WGMMA_D "}, " WGMMA_SHARED WGMMA_SHARED_SCALES
+  asm volatile("wgmma.mma_async.sp.sync.aligned.m64" WGMMA_N WGMMA_SPARSE " {" WGMMA_D "}, " WGMMA_SHARED WGMMA_SCALES
                : WGMMA_OPERANDS
-               : "l"(a), "l"(b), "r"(meta), "n"(SELECTOR));
+               : "l"(a), "l"(b), "r"(meta));
 }
+#endif
 
 __device__ __forceinline__ void fence_registers() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
