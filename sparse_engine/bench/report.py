@@ -61,10 +61,16 @@ def linear_tables(content: dict[str, Any]) -> str:
     return by_shape(rows)
 
 
+def _columns(rows: list[Row]) -> list[tuple[str, str]]:
+    """The patterns and values that were measured together."""
+    found = [(pattern, values) for values in unique(rows, "values") for pattern in unique(rows, "pattern")]
+    return [column for column in found if any((row["pattern"], row["values"]) == column for row in rows)]
+
+
 def by_class(rows: list[Row]) -> str:
     """Geometric means over the shapes of a class: speed-up over torch's dense linear, over the best dense product in brackets, and the
     share of the time that reading the packed bytes takes."""
-    columns = [(pattern, values) for values in unique(rows, "values") for pattern in unique(rows, "pattern")]
+    columns = _columns(rows)
     body = []
     for name, belongs in CLASSES.items():
         cells = [[row for row in rows if belongs(row) and (row["pattern"], row["values"]) == column] for column in columns]
@@ -75,7 +81,8 @@ def by_class(rows: list[Row]) -> str:
 
 
 def by_model(rows: list[Row], counts: tuple[int, ...]) -> str:
-    """Geometric means over a model's layers, at these numbers of activation rows."""
+    """Geometric means over a model's layers, at these numbers of activation rows; of the first type of values."""
+    rows = [row for row in rows if row["values"] == rows[0]["values"]]
     columns = [(pattern, m) for pattern in unique(rows, "pattern") for m in counts]
     body = []
     for model in unique(rows, "model"):
@@ -93,7 +100,7 @@ WIDTHS: dict[str, Callable[[Row], bool]] = {
 def by_rows(rows: list[Row]) -> str:
     """Geometric means on a GPU for each number of rows: speed-up over torch's dense linear, over the best dense product in brackets, and
     the limit's share of the time; then the medians of the clock and the power beside them."""
-    columns = [(pattern, values) for values in unique(rows, "values") for pattern in unique(rows, "pattern")]
+    columns = _columns(rows)
     body = []
     for m in sorted(unique(rows, "m")):
         for name, belongs in WIDTHS.items():
@@ -114,7 +121,7 @@ def _median(rows: list[Row], name: str, unit: str) -> str:
 
 def by_width(rows: list[Row]) -> str:
     """Geometric means over the shapes of 2048-wide models and wider, and of narrower ones, for each number of rows."""
-    columns = [(pattern, values) for values in unique(rows, "values") for pattern in unique(rows, "pattern")]
+    columns = _columns(rows)
     body = []
     for m in sorted(unique(rows, "m")):
         for name, belongs in WIDTHS.items():
@@ -130,7 +137,7 @@ def by_shape(rows: list[Row]) -> str:
     """Each shape at the smallest number of rows measured, small shapes first."""
     least = min(row["m"] for row in rows)
     rows = [row for row in rows if row["m"] == least]
-    columns = [(pattern, values) for values in unique(rows, "values") for pattern in unique(rows, "pattern")]
+    columns = _columns(rows)
     body = []
     for n, k in sorted({(row["n"], row["k"]) for row in rows}, key=lambda shape: (shape[0] * shape[1], shape)):
         found = {(row["pattern"], row["values"]): [row] for row in rows if (row["n"], row["k"]) == (n, k)}
@@ -170,12 +177,11 @@ def plot(content: dict[str, Any], path: Path) -> None:
 
     rows = content["rows"]
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    for values in unique(rows, "values"):
-        for pattern in unique(rows, "pattern"):
-            points = [row for row in rows if (row["values"], row["pattern"]) == (values, pattern)]
-            places = sorted({row["m"] for row in points})
-            means = [geometric_mean(row["best_dense_us"] / row["us"] for row in points if row["m"] == m) for m in places]
-            axes.plot(places, means, marker="o", label=f"{pattern} {values}")
+    for pattern, values in _columns(rows):
+        points = [row for row in rows if (row["values"], row["pattern"]) == (values, pattern)]
+        places = sorted({row["m"] for row in points})
+        means = [geometric_mean(row["best_dense_us"] / row["us"] for row in points if row["m"] == m) for m in places]
+        axes.plot(places, means, marker="o", label=f"{pattern} {values}")
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set(xscale="log", xlabel="activation rows M", ylabel="speed-up over the best dense kernel", ylim=(0, None))
     axes.set_xticks(sorted({row["m"] for row in rows}), labels=[str(m) for m in sorted({row["m"] for row in rows})])

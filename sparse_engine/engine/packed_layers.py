@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from sparse_engine.engine.kernels.layer_tensors import LayerTensors
 from sparse_engine.engine.product import PackedProduct, Product
 from sparse_engine.engine.weights import DecoderLayer, DecoderWeights
+from sparse_engine.linear import SparseLinear
 
 __all__ = ["epsilon_of", "group_of", "tensors_of"]
 
@@ -31,10 +34,14 @@ def _group(product: Product) -> int | None:
     if not isinstance(product, PackedProduct):
         return None
     module = product.module
-    _, kernel, _ = module.plan()[0]
-    if kernel.name != _KERNEL or module.bias is None or not module.pattern.is_nm:
+    if _weight(module) is None or module.bias is None or not module.pattern.is_nm:
         return None
     return module.pattern.group[1]
+
+
+def _weight(module: SparseLinear) -> Tensor | None:
+    """The weight in fragment order, whichever numbers of activation rows the layer holds it for, or None where it does not."""
+    return next((layout["weight"] for _, kernel, layout in module.plan() if kernel.name == _KERNEL), None)
 
 
 def tensors_of(layer: DecoderLayer) -> LayerTensors:
@@ -42,9 +49,10 @@ def tensors_of(layer: DecoderLayer) -> LayerTensors:
     weights, biases = [], []
     for product in (layer.qkv, layer.out, layer.fc1, layer.fc2):
         assert isinstance(product, PackedProduct)
-        module = product.module
+        module, weight = product.module, _weight(product.module)
         assert module.bias is not None
-        weights.append(module.plan()[0][2]["weight"])
+        assert weight is not None
+        weights.append(weight)
         biases.append(module.bias.detach().contiguous())
     norms = (layer.attention_norm, layer.ffn_norm)
     scales, shifts = [norm.weight.contiguous() for norm in norms], [norm.bias.contiguous() for norm in norms]
