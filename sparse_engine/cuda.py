@@ -26,6 +26,7 @@ __all__ = [
     "cache_folder",
     "compile_cubin",
     "describable",
+    "is_compiled",
     "launch",
     "load",
     "source_folder",
@@ -83,6 +84,33 @@ def _files_of(source: str) -> list[Path]:
     return [folder / source, *sorted((folder / "include").rglob("*.cuh"))]
 
 
+@cache
+def _digest_of(folder: Path, source: str) -> str:
+    """Of ``source`` and its headers, read once: no process compiles what was changed while it runs."""
+    digest = hashlib.sha256()
+    for path in _files_of(source):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _defines(macros: Mapping[str, int]) -> list[str]:
+    return [f"{name}={value}" for name, value in sorted(macros.items())]
+
+
+def _target(source: str, arch: str, macros: Mapping[str, int]) -> Path:
+    """Where the machine code is kept."""
+    what = repr((_digest_of(source_folder(), source), arch, _nvrtc_version(), _defines(macros)))
+    return cache_folder() / f"{Path(source).stem}-{arch}-{hashlib.sha256(what.encode()).hexdigest()[:32]}.cubin"
+
+
+def is_compiled(source: str, arch: str, macros: Mapping[str, int]) -> bool:
+    """Whether :func:`compile_cubin` would find its result in the disk cache."""
+    try:
+        return _target(source, arch, macros).is_file()
+    except ImportError:
+        return False
+
+
 def compile_cubin(source: str, arch: str, macros: Mapping[str, int]) -> bytes:
     """Machine code for csrc/cuda/``source`` with ``macros`` defined, for an ``arch`` such as "sm_90a"; from the disk cache if it is there.
 
@@ -90,18 +118,13 @@ def compile_cubin(source: str, arch: str, macros: Mapping[str, int]) -> bytes:
         KernelUnavailableError: NVRTC is missing or rejects the source.
     """
     folder = source_folder()
-    digest = hashlib.sha256()
-    for path in _files_of(source):
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    defines = [f"{name}={value}" for name, value in sorted(macros.items())]
     try:
         from cuda.core import Program, ProgramOptions
 
-        digest.update(repr((arch, _nvrtc_version(), defines)).encode())
-        target = cache_folder() / f"{Path(source).stem}-{arch}-{digest.hexdigest()[:32]}.cubin"
+        target = _target(source, arch, macros)
         if target.is_file():
             return target.read_bytes()
-        options = ProgramOptions(arch=arch, std="c++17", include_path=str(folder / "include"), define_macro=list(defines))
+        options = ProgramOptions(arch=arch, std="c++17", include_path=str(folder / "include"), define_macro=_defines(macros))
         cubin = bytes(Program((folder / source).read_text(), "c++", options).compile("cubin").code)
     except Exception as error:  # NVRTC, a missing library and a driver too old for it all raise types of their own
         raise KernelUnavailableError(f"NVRTC cannot compile {source} for {arch}: {error}") from error

@@ -104,6 +104,8 @@ def compile_all(wanted: Sequence[Bucket], device: torch.device, only: Set[str] =
         for kernel in able(problem, only):
             for config in kernel.configs(problem):
                 needed.update(dict.fromkeys(kernel.compilations(problem, config)))
+    # Starting the processes takes longer than looking.
+    needed = {job: None for job in needed if not cuda.is_compiled(job[0], job[1], dict(job[2]))}
     if not needed:
         return []
     # Processes, since the compiler takes turns within one.
