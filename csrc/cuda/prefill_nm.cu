@@ -5,11 +5,8 @@
 // positions for the whole unit, chunk 1 + s its part of operand A in step s of 32 columns: the layout of decode_nm.cu. A word of positions
 // serves two steps.
 //   BATCH       products of a warpgroup that go to the tensor cores together, a divisor of 2 * M_BLOCKS
-//   A_SHARED 0: they go from memory straight into registers, half a unit or a batch ahead
-//   A_SHARED 1: bulk copies bring them into the buffers of x, 1 KB for each row tile of 16, and they are read a batch ahead
-#if A_SHARED
-#define WEIGHT_STAGE_BYTES (4 * M_BLOCKS * CONSUMERS * 1024)
-#endif
+// Operands go from memory straight into registers, half a unit or a batch ahead: through shared memory, whose bandwidth binds, they were
+// slower.
 #include "prefill_common.cuh"
 
 #define STEPS 8
@@ -18,7 +15,7 @@
 // Steps that a word of positions serves.
 #define WORD_STEPS 2
 // Sets of registers for positions: those of the next unit come in one load where there is room for two, else word by word.
-#if M_BLOCKS * N_TILES > 40 || (CONSUMERS > 2 && !A_SHARED) || (SPLITS > 1 && M_BLOCKS > 1)
+#if M_BLOCKS * N_TILES > 40 || CONSUMERS > 2 || (SPLITS > 1 && M_BLOCKS > 1)
 #define PARITIES 1
 #else
 #define PARITIES 2
@@ -27,7 +24,7 @@
 #define PRODUCTS (STEPS * M_BLOCKS)
 // Operands that are loaded together, while those loaded before are multiplied: a scoreboard counts all loads under way, and so who waits
 // for one waits for those behind it as well.
-#define GROUP (A_SHARED || BATCH > 1 ? BATCH : PRODUCTS / 2)
+#define GROUP (BATCH > 1 ? BATCH : PRODUCTS / 2)
 #define SETS (2 * GROUP)
 static_assert(PRODUCTS % SETS == 0 && GROUP % BATCH == 0, "an operand's registers are known at compile time");
 
@@ -40,24 +37,9 @@ struct Weights {
   const uint4* source[M_BLOCKS]; // of the unit at hand, this lane's
   uint4 values[SETS];
   u32 positions[PARITIES][M_BLOCKS][4];
-#if A_SHARED
-  Ring reading;  // the buffer that operands are read from next
-  int unread;    // buffers of the tile from it on
-  u32 fragments; // the one that they are read from
-#endif
-
   __device__ __forceinline__ Weights(const Params&, u32, int, int, int) {}
 
-  static __device__ __forceinline__ void produce(const Params& p, u32 target, u32 barrier, int tile, int stage) {
-#if A_SHARED
-    const int i = threadIdx.x & 31;
-    if (i < TILE_FRAGMENTS) {
-      u64 policy;
-      asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-      bulk_copy(target + i * 1024, unit_of(p, tile + i, stage / (STEPS / 2)) + (1 + stage % (STEPS / 2) * 2) * 32, 1024, barrier, policy);
-    }
-#endif
-  }
+  static __device__ __forceinline__ void produce(const Params&, u32, u32, int, int) {}
 
 #if PARITIES == 2
   // Positions of the unit at hand, or of the one `ahead`, which has the other set of registers.
@@ -79,13 +61,11 @@ struct Weights {
   }
 #endif
 
-#if !A_SHARED
   // Operand A of product i of the unit at hand, or of the one `ahead` from its last on.
   __device__ __forceinline__ void load_values(int i, int ahead) {
     const int s = i / M_BLOCKS;
     values[i % SETS] = load_in_order(source[i % M_BLOCKS] + (s < STEPS ? 0 : ahead) + (1 + s % STEPS) * 32);
   }
-#endif
 
   __device__ __forceinline__ void start(const Params& p, int tile, int unit) {
 #pragma unroll
@@ -99,28 +79,10 @@ struct Weights {
     for (int w = 0; w < 4; ++w)
       load_word(w, 0);
 #endif
-#if !A_SHARED
 #pragma unroll
     for (int i = 0; i < GROUP; ++i)
       load_values(i, 0);
-#endif
   }
-
-#if A_SHARED
-  // Operand A of the next product, the `i`th of its unit. Behind the last buffer of the tile, that one is read again, to no purpose.
-  __device__ __forceinline__ void read_values(const Buffers& x, int i) {
-    const int s = i / M_BLOCKS % STEPS, fragment = ((threadIdx.x >> 7) * M_BLOCKS + i % M_BLOCKS) * 4 + (threadIdx.x >> 5 & 3);
-    if (i % (2 * M_BLOCKS) == 0 && unread > 0) {
-      barrier_wait(x.smem + BARRIERS_AT + 8 * reading.slot, reading.parity);
-      fragments = x.smem + reading.slot * STAGE_BYTES + X_STAGE_BYTES + (threadIdx.x & 31) * 16;
-      reading.advance();
-      --unread;
-    }
-    u32 v[4];
-    load_shared_x4(fragments + fragment * 1024 + s % 2 * 512, v);
-    values[i % SETS] = make_uint4(v[0], v[1], v[2], v[3]);
-  }
-#endif
 
   // The products of one unit; `ahead` lies the next, or 0 behind the last unit, which is read again then to no purpose: loads under a
   // condition would make the compiler wait for each product.
@@ -146,11 +108,7 @@ struct Weights {
       if (first % GROUP == 0) {
 #pragma unroll
         for (int i = first + GROUP; i < first + 2 * GROUP; ++i)
-#if A_SHARED
-          read_values(x, i);
-#else
           load_values(i, ahead);
-#endif
       }
       // Products under way still read positions, those of the batch before until now.
 #if PARITIES == 2
@@ -170,13 +128,6 @@ struct Weights {
   }
 
   __device__ __forceinline__ void multiply_all(Sum (&d)[M_BLOCKS][N_TILES][4], const Params& p, Buffers& x, int rounds) {
-#if A_SHARED
-    reading = x.ring;
-    unread = rounds * (STEPS / 2);
-#pragma unroll
-    for (int i = 0; i < GROUP; ++i)
-      read_values(x, i);
-#endif
     u32 buffer = x.open();
     for (int round = 0; round < rounds; round += PARITIES) {
       multiply<0>(d, x, buffer, round + 1 < rounds ? UNIT_QUADS : 0);

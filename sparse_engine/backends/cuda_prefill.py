@@ -110,6 +110,10 @@ class Form(ABC):
         """What tuning measures, each beginning with :attr:`name`; the first runs where nothing was measured. None: it is not worth it."""
         return [(self.name,)]
 
+    def understands(self, config: Config) -> bool:
+        """Whether a configuration of this form's name, from a table, is of this version."""
+        return True
+
     def compilations(self, pattern: str, dtype: torch.dtype, config: Config, here: Gpu) -> Compilations:
         """What NVRTC has to compile for a configuration."""
         return ()
@@ -143,7 +147,7 @@ def _forms(pattern: str, here: Gpu) -> tuple[Form, ...]:
 
 def parse(pattern: str, config: Config, here: Gpu) -> Form | None:
     """The form that a configuration names, or None where it is a decode kernel's or of another version."""
-    return next((form for form in _forms(pattern, here) if config and form.name == config[0]), None)
+    return next((form for form in _forms(pattern, here) if config and form.name == config[0] and form.understands(config)), None)
 
 
 def offered(pattern: str, rows: int, columns: int, m: int, here: Gpu) -> list[tuple[Form, Sequence[Config]]]:

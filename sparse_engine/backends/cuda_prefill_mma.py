@@ -71,6 +71,9 @@ class MmaForm(Form):
         able.sort(key=lambda tile: (_blocks(tile, rows, m) < here.processors, _TILES.index(tile)))
         return [(self.name, *astuple(tile)) for tile in able]
 
+    def understands(self, config: Config) -> bool:
+        return config[1:] in map(astuple, _TILES)
+
     def compilations(self, pattern: str, dtype: torch.dtype, config: Config, here: Gpu) -> Compilations:
         return [("prefill_mma.cu", here.arch, _tile(config).macros(dtype))]
 

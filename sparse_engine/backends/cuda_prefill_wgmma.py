@@ -35,7 +35,7 @@ CLOCKS_PER_US = 1.6e3
 
 @dataclass(frozen=True, slots=True)
 class PrefillTile:
-    """How one launch divides its work: macros of prefill_common.cuh, and ``a_shared`` and ``batch`` of prefill_nm.cu."""
+    """How one launch divides its work: macros of prefill_common.cuh, and ``batch`` of prefill_nm.cu."""
 
     n_tiles: int
     m_blocks: int
@@ -44,7 +44,6 @@ class PrefillTile:
     cluster: int = 1
     splits: int = 1
     min_blocks: int = 1
-    a_shared: int = 0
     batch: int = 1
 
     @property
@@ -70,7 +69,6 @@ class PrefillTile:
             "CLUSTER": self.cluster,
             "SPLITS": self.splits,
             "MIN_BLOCKS": self.min_blocks,
-            "A_SHARED": self.a_shared,
             "BATCH": self.batch,
         }
 
@@ -95,7 +93,7 @@ class PrefillSource:
 
     def weight_stage_bytes(self, tile: PrefillTile) -> int:
         """Of a buffer: what its weights take."""
-        return tile.rows * 64 if tile.a_shared else 0
+        return 0
 
     def shared_bytes(self, tile: PrefillTile, depth: int = 0) -> int:
         """Shared memory of a block: buffers, a place to transpose sums in, barriers; the sums of splits reuse it.
@@ -248,6 +246,9 @@ class WgmmaForm(Form):
     def configs(self, pattern: str, rows: int, columns: int, m: int, here: Gpu) -> Sequence[Config]:
         able = [tile for tile in self.tiles if self.source.fits(tile, here) and (tile.splits == 1 or tile.splits * UNIT <= columns)]
         return [(self.name, *astuple(tile)) for tile in sorted(able, key=lambda tile: self.clocks(tile, rows, columns, m, here))]
+
+    def understands(self, config: Config) -> bool:
+        return len(config) == 1 + len(PrefillTile.__dataclass_fields__) and all(isinstance(field, int) for field in config[1:])
 
     def tile_of(self, config: Config) -> PrefillTile:
         """The tile of a configuration.

@@ -19,7 +19,7 @@ from sparse_engine.backends.cuda_prefill_expanded import NMForm, UnstructuredFor
 from sparse_engine.backends.cuda_prefill_mma import MmaForm
 from sparse_engine.errors import InputError
 from sparse_engine.formats.base import PackedWeight
-from sparse_engine.registry import Layout
+from sparse_engine.registry import Config, Layout
 from sparse_engine.tuning import Measured
 
 BF16 = torch.bfloat16
@@ -64,12 +64,14 @@ def test_rows_are_looked_up_by_bucket() -> None:
 def test_the_measured_form_runs_and_an_unknown_one_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARSE_ENGINE_CACHE", str(tmp_path))
     gpu = H200.__class__("Test GPU", "sm_90a", 132, True, 232448)
-    for name in ("slabs", "expand", "of-another-version"):
-        tuning.record("Test GPU", [tuning.Entry("4:8", BF16, (64, 64), 256, {"cuda_nm": Measured(1.0, (name,))})])
+    # The last two are of other versions: a form that is gone, and one whose tiles had another field.
+    known: list[Config] = [("slabs",), ("expand",), ("wgmma-4:8", 16, 1, 2, 6, 1, 2, 1, 1)]
+    for measured in (*known, ("of-another-version",), ("wgmma-4:8", 16, 1, 2, 6, 1, 2, 1, 0, 1)):
+        tuning.record("Test GPU", [tuning.Entry("4:8", BF16, (64, 64), 256, {"cuda_nm": Measured(1.0, measured)})])
         cuda_prefill.choose.cache_clear()
         form, config = cuda_prefill.choose("cuda_nm", "4:8", BF16, 64, 64, 256, gpu)
         assert form.name == config[0]
-        assert (form.name == name) == (name != "of-another-version")
+        assert (config == measured) == (measured in known)
     cuda_prefill.choose.cache_clear()
 
 

@@ -21,8 +21,6 @@ from sparse_engine.errors import KernelUnavailableError
 
 TILES = [
     *SparseWgmmaForm.tiles,
-    PrefillTile(20, 2, 2, 4, a_shared=1),
-    PrefillTile(32, 1, 2, 4, cluster=2, a_shared=1),
     PrefillTile(16, 2, 2, 4, cluster=2, batch=2),
     PrefillTile(16, 2, 2, 4, cluster=2, splits=2),
 ]

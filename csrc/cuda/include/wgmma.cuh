@@ -41,7 +41,6 @@ typedef float Sum;
   LIST96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, "    \
          "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define LIST48 LIST32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define LIST80 LIST64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
 
 #if N_TILES == 1
 #define WGMMA_N "n8"
@@ -85,13 +84,6 @@ typedef float Sum;
 #define WGMMA_AB "{%64, %65, %66, %67}, %68"
 #define WGMMA_META "%69, %70"
 #define WGMMA_SHARED "%64, %65, %66, 0"
-#elif N_TILES == 20
-#define WGMMA_N "n160"
-#define WGMMA_D LIST80
-#define WGMMA_OPERANDS D16(0), D16(4), D16(8), D16(12), D16(16)
-#define WGMMA_AB "{%80, %81, %82, %83}, %84"
-#define WGMMA_META "%85, %86"
-#define WGMMA_SHARED "%80, %81, %82, 0"
 #elif N_TILES == 24
 #define WGMMA_N "n192"
 #define WGMMA_D LIST96
@@ -107,7 +99,7 @@ typedef float Sum;
 #define WGMMA_META "%133, %134"
 #define WGMMA_SHARED "%128, %129, %130, 0"
 #else
-#error "wgmma.cuh has forms for 8, 16, 32, 64, 96, 128, 160, 192 and 256 activation rows"
+#error "wgmma.cuh has forms for 8, 16, 32, 64, 96, 128, 192 and 256 activation rows"
 #endif
 
 #if !VALUES
