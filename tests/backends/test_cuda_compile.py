@@ -58,8 +58,12 @@ def test_another_source_gpu_macro_or_toolkit_is_another_kernel(compiled: list[tu
     assert len(compiled) == 1
 
 
-def test_without_nvrtc_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "cuda", None)
+@pytest.mark.parametrize("error", [ImportError, RuntimeError])
+def test_without_nvrtc_nothing_is_compiled(error: type[Exception], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def missing() -> str:
+        raise error("no library")
+
+    monkeypatch.setattr(cuda, "_nvrtc_version", missing)
     monkeypatch.setenv("SPARSE_ENGINE_CACHE", str(tmp_path))
     assert not cuda.is_compiled("embed.cu", "sm_90a", MACROS)
     with pytest.raises(KernelUnavailableError, match="NVRTC cannot compile embed"):
