@@ -141,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) half_attention
   const u32 shared = shared_address(smem), rank = cluster_rank();
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, head = blockIdx.x;
   release_successor();
-  cluster_arrive();
+  arrive_together();
 
   // Jobs rank, rank + CLUSTER, ... of q, k and v are the block's own, and its i-th is warp i % WARPS's.
   const int own = (JOBS - (int)rank + CLUSTER - 1) / CLUSTER;
@@ -202,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) half_attention
       push(address_in(at, CLUSTER - 1), word);
     }
   }
-  cluster_arrive();
+  arrive_together();
   // Lanes that share a position, a group's positions in flight.
   const int in_group = lane % LANES, first = warp * GROUPS + lane / LANES;
   const Range range = range_of(now, p.capacity);
@@ -212,7 +212,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) half_attention
   uint4 k[UNROLL], v[UNROLL];
   load_tile(k, k_at, left);
   load_tile(v, v_at, left);
-  cluster_wait();
+  wait_together();
   const bool last = rank == CLUSTER - 1;
   if (threadIdx.x < (last ? 3 * HEAD_SIZE : HEAD_SIZE)) {
     const u32 at = shared + AT_SUMS + threadIdx.x / 16 * (UNITS * 64) + threadIdx.x % 16 * 4;
@@ -273,10 +273,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) half_attention
       const float weight = exp2_fast(score[u] - maximum);
       float f[8];
       unpack(v[u], f);
-      sum += weight;
-#pragma unroll
-      for (int i = 0; i < 8; ++i)
-        acc[i] += weight * f[i];
+      add_weighted(weight, f, acc, sum);
     }
     left -= TILE;
     k_at += TILE * LANES;
@@ -313,8 +310,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) half_attention
       push(address_in(at + (HEAD_SIZE + 1) * 4, threadIdx.x), __float_as_uint(top));
     }
   }
-  cluster_arrive();
-  cluster_wait();
+  arrive_together();
+  wait_together();
   if (threadIdx.x < HEAD_SIZE) {
     float total, top;
     const float value = join_partials<CLUSTER>(shared + AT_ROW, threadIdx.x, total, top);

@@ -18,7 +18,7 @@ struct Params {
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) half_end(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) unsigned char smem[];
   release_successor();
-  cluster_arrive();
+  arrive_together();
   const Constants constants = load_constants(p.in);
   wait_predecessor();
   join(p.in, constants, (float4*)(smem + AT_JOINED), shared_address(smem));

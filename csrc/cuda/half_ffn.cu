@@ -47,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) half_ffn(const
   const u32 shared = shared_address(smem), rank = cluster_rank();
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, middle = blockIdx.x;
   release_successor();
-  cluster_arrive();
+  arrive_together();
 
   // Job j is warp j % WARPS's: the first product's pieces, then the second's.
   auto piece = [&](int job) {
@@ -96,8 +96,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) half_ffn(const
       for (int other = 0; other < CLUSTER; other += 2)
         push(address_in(at, other + (lane >> 4)), word);
   }
-  cluster_arrive();
-  cluster_wait();
+  arrive_together();
+  wait_together();
 
   float* sums = p.sums + (size_t)middle * HIDDEN + rank * SECOND * 16 + lane / 4;
 #pragma unroll 1

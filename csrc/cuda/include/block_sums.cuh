@@ -6,9 +6,6 @@
 // Fours that a thread has on their way at once.
 #define AT_ONCE 4
 
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-
 // The bias, which comes from memory like the weights, on its way to L2: the epilogue would wait for it.
 __device__ __forceinline__ void prefetch_bias(const Params& p) {
   const int first = blockIdx.x * BLOCK_ROWS, last = min(first + BLOCK_ROWS, p.rows);

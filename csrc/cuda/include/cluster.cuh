@@ -1,19 +1,30 @@
-// Blocks of a cluster along y that put values into each other's shared memory (sm_90).
+// Blocks of a cluster that meet and reach into each other's shared memory (sm_90).
 #pragma once
 
 typedef unsigned int u32;
 
-__device__ __forceinline__ u32 cluster_rank() { return blockIdx.y; }
+// All threads of all blocks meet, those of a warp being together already: what each has stored in a block's shared memory before it
+// arrives is seen there behind the wait.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-// All threads of all blocks meet: what each has stored in a block's shared memory before it arrives is seen there behind the wait.
-__device__ __forceinline__ void cluster_arrive() {
-  __syncwarp();
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+// Nothing on GPUs without clusters.
+__device__ __forceinline__ void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+  cluster_arrive();
+  cluster_wait();
+#endif
 }
 
-__device__ __forceinline__ void cluster_wait() {
-  __syncwarp();
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+// What block `rank` has where this one has shared address `address`.
+__device__ __forceinline__ float4 cluster_read(u32 address, u32 rank) {
+  float4 v = make_float4(0, 0, 0, 0);
+#if __CUDA_ARCH__ >= 900
+  u32 remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(remote) : "memory");
+#endif
+  return v;
 }
 
 // The address in block `rank` of what lies at shared address `address` here.

@@ -19,6 +19,7 @@
 //   The k-warps' sums meet in shared memory, those of a cluster's blocks in distributed shared memory.
 #pragma once
 
+#include "cluster.cuh"
 #include "dependent.cuh"
 #include "fragments.cuh"
 
@@ -118,22 +119,6 @@ __device__ __forceinline__ void commit_stage() { asm volatile("cp.async.commit_g
 __device__ __forceinline__ void wait_stage() { asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory"); }
 
 __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
-__device__ __forceinline__ void cluster_sync() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ float4 cluster_read(u32 address, int rank) {
-  float4 v = make_float4(0, 0, 0, 0);
-#if __CUDA_ARCH__ >= 900
-  u32 remote;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(remote) : "memory");
-#endif
-  return v;
-}
 
 __device__ __forceinline__ void add_four(float4& sum, const float4& v) {
   sum.x += v.x;

@@ -34,6 +34,7 @@
 #endif
 #include "element.cuh"
 #include "bulk.cuh"
+#include "cluster.cuh"
 #include "wgmma.cuh"
 
 #ifndef WEIGHT_STAGE_BYTES
@@ -135,10 +136,6 @@ __device__ __forceinline__ u64 activation_policy() {
   u64 policy;
   asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
   return policy;
-}
-
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 #if TENSOR_STORES
@@ -370,14 +367,6 @@ __device__ __forceinline__ void store_tile(const Params& p, u32 staging, const S
 }
 
 #if SPLITS > 1
-__device__ __forceinline__ float4 cluster_read(u32 address, u32 rank) {
-  float4 v;
-  u32 remote;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(remote) : "memory");
-  return v;
-}
-
 // Puts a warpgroup's sums into shared memory, [TILE_TOKENS][SUMS_PITCH]; `above` rows of the tile, which begins at `row` and `token`, are
 // before its own.
 __device__ __forceinline__ void collect(const Params& p, float* sums, const Sum (&d)[M_BLOCKS][N_TILES][4], int above, int row, int token) {

@@ -19,3 +19,11 @@ __device__ __forceinline__ float exp2_fast(float x) {
 struct Partial {
   float values[HEAD_SIZE], sum, maximum;
 };
+
+// Adds a position of `weight` with values `f` to what a lane carries along.
+__device__ __forceinline__ void add_weighted(float weight, const float (&f)[8], float (&values)[8], float& sum) {
+  sum += weight;
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    values[i] += weight * f[i];
+}

@@ -73,7 +73,7 @@ __device__ __forceinline__ void join(const Input& in, const Constants& c, float4
     }
     __syncthreads();
   }
-  cluster_wait();
+  wait_together();
   if (threadIdx.x < QUADS) {
     if (in.parts) {
       float4 sum = joined[quad];
@@ -92,8 +92,8 @@ __device__ __forceinline__ void join(const Input& in, const Constants& c, float4
     for (u32 other = 0; other < CLUSTER; ++other)
       push(address_in(row + (rank * QUADS + quad) * 8, other), before);
   }
-  cluster_arrive();
-  cluster_wait();
+  arrive_together();
+  wait_together();
 }
 
 // Gives store(vector, eight values) the LayerNorm of the row at shared address `row`. Moments are joined as in row_norm.cuh: lanes' and

@@ -1,7 +1,7 @@
 // Attention of the new token over a part of the positions before it.
 #pragma once
 #include "step/ring.cuh"
-#include "step/values.cuh"
+#include "values.cuh"
 #include "step/words.cuh"
 #include "step/workspace.cuh"
 #include "softmax.cuh"
@@ -74,10 +74,7 @@ __device__ __forceinline__ void attend(const Params& p, const Ring& ring, Worksp
         // What lies behind the last position may be no number.
         const bool inside = u * GROUPS + group < count;
         unpack(inside ? read_shared(at + (POSITIONS + u * GROUPS) * HEAD_SIZE * 2) : make_uint4(0, 0, 0, 0), f);
-        sum += weight;
-#pragma unroll
-        for (int i = 0; i < 8; ++i)
-          acc[i] += weight * f[i];
+        add_weighted(weight, f, acc, sum);
       }
       ring.release(cursor.slot + s, 2);
     }

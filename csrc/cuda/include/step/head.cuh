@@ -1,7 +1,7 @@
 // The output head: a block's logits, and the largest of them.
 #pragma once
 #include "step/ring.cuh"
-#include "step/values.cuh"
+#include "values.cuh"
 #include "step/workspace.cuh"
 #include "best.cuh"
 #include "warp.cuh"

@@ -1,7 +1,7 @@
 // The block's row tiles of a product, multiplied from the ring by the workspace's activations.
 #pragma once
 #include "step/ring.cuh"
-#include "step/values.cuh"
+#include "values.cuh"
 #include "step/words.cuh"
 #include "step/workspace.cuh"
 #include "expand.cuh"

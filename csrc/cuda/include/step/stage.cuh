@@ -1,6 +1,6 @@
 // A phase's input in the workspace: the LayerNorm of the state, the ReLU network's middle, or the attention's joined parts.
 #pragma once
-#include "step/values.cuh"
+#include "values.cuh"
 #include "step/words.cuh"
 #include "step/workspace.cuh"
 #include "softmax.cuh"

@@ -1,4 +1,4 @@
-// 16-bit values as this kernel holds them: two in a word, eight in a vector.
+// 16-bit values: two in a word, eight in a vector.
 #pragma once
 #include "fragments.cuh"
 
