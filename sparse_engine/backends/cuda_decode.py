@@ -206,20 +206,17 @@ def run_decode(
             depth,
             x_buffers,
         )
-        grid, cluster, described = source.grid(tile, rows, units, shared, here), (1, tile.splits), None
-        if isinstance(source, WarpgroupSource):
-            streamed = isinstance(source, StreamedSource)
-            cluster = (tile.cluster, 1 if streamed else tile.splits)
-            if source.arranged:
-                warps = grid[0] * tile.warps_row if streamed else 0
-                image = _arrange(source, tile, params, x, units * (4 // parts), warps, here, device)
-                params.x = image.data_ptr()
-            else:
-                if mappable is None:
-                    mappable = cuda.describable(flat)
-                described = cuda.tensor_map(mappable if count == m else mappable[first : first + count], source.box(tile))
+        grid, described = source.grid(tile, rows, units, shared, here), None
+        if isinstance(source, WarpgroupSource) and source.arranged:
+            warps = grid[0] * tile.warps_row if isinstance(source, StreamedSource) else 0
+            image = _arrange(source, tile, params, x, units * (4 // parts), warps, here, device)
+            params.x = image.data_ptr()
+        elif isinstance(source, WarpgroupSource):
+            if mappable is None:
+                mappable = cuda.describable(flat)
+            described = cuda.tensor_map(mappable if count == m else mappable[first : first + count], source.box(tile))
         function = _function(source, here.arch, x.dtype, tile)
-        threads = source.threads(tile)
+        threads, cluster = source.threads(tile), source.cluster(tile)
         cuda.launch(function, grid, threads, shared, params, device, cluster=cluster, overlap=here.hopper, described=described)
         first += count
     return y

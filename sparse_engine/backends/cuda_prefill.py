@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_engine import tuning
+from sparse_engine import cuda, tuning
 from sparse_engine.backends.cuda_decode import Gpu, Streams, check_arguments, gpu
 from sparse_engine.discovery import import_all
 from sparse_engine.registry import ROW_BUCKETS, Config, Problem
@@ -77,10 +77,7 @@ class Call:
     def aligned(self) -> Tensor:
         """x as (m, columns), columns contiguous and rows 16-byte aligned; a copy where it is not, padded with zeros to whole 16 bytes."""
         flat, step = self.x.reshape(self.m, self.columns), 16 // self.x.element_size()
-        if self.columns % step:
-            return F.pad(flat, (0, -self.columns % step))
-        fits = flat.stride(1) == 1 and flat.stride(0) % step == 0 and flat.stride(0) >= self.columns and flat.data_ptr() % 16 == 0
-        return flat if fits else flat.clone(memory_format=torch.contiguous_format)
+        return F.pad(flat, (0, -self.columns % step)) if self.columns % step else cuda.describable(flat)
 
     def finish(self, y: Tensor) -> Tensor:
         """ReLU and residual on a product that is nobody else's, in place."""

@@ -72,7 +72,7 @@ class MmaForm(Form):
         return [(self.name, *astuple(tile)) for tile in able]
 
     def understands(self, config: Config) -> bool:
-        return config[1:] in map(astuple, _TILES)
+        return _holds_tile(config)
 
     def compilations(self, pattern: str, dtype: torch.dtype, config: Config, here: Gpu) -> Compilations:
         return [("prefill_mma.cu", here.arch, _tile(config).macros(dtype))]
@@ -98,8 +98,12 @@ def _blocks(tile: MmaTile, rows: int, m: int) -> int:
     return -(-rows // tile.block_rows) * -(-m // tile.block_tokens)
 
 
+def _holds_tile(config: Config) -> bool:
+    return config[1:] in map(astuple, _TILES)
+
+
 def _tile(config: Config) -> MmaTile:
-    if len(config) != len(MmaTile.__dataclass_fields__) + 1 or MmaTile(*config[1:]) not in _TILES:  # type: ignore[arg-type]
+    if not _holds_tile(config):
         raise KernelUnavailableError(f"{MmaForm.name} has no tile {list(config[1:])}")
     return MmaTile(*config[1:])  # type: ignore[arg-type]
 

@@ -219,10 +219,13 @@ def tile_of(config: Config) -> PrefillTile:
     Raises:
         KernelUnavailableError: it is of another version.
     """
-    fields = [field for field in config[1:] if isinstance(field, int)]
-    if len(fields) != len(PrefillTile.__dataclass_fields__):
+    if not _holds_tile(config):
         raise KernelUnavailableError(f"{list(config)} is no configuration of a prefill kernel")
-    return PrefillTile(*fields)
+    return PrefillTile(*config[1:])  # type: ignore[arg-type]
+
+
+def _holds_tile(config: Config) -> bool:
+    return len(config) == 1 + len(PrefillTile.__dataclass_fields__) and all(isinstance(field, int) for field in config[1:])
 
 
 class WgmmaForm(Form):
@@ -248,7 +251,7 @@ class WgmmaForm(Form):
         return [(self.name, *astuple(tile)) for tile in sorted(able, key=lambda tile: self.clocks(tile, rows, columns, m, here))]
 
     def understands(self, config: Config) -> bool:
-        return len(config) == 1 + len(PrefillTile.__dataclass_fields__) and all(isinstance(field, int) for field in config[1:])
+        return _holds_tile(config)
 
     def tile_of(self, config: Config) -> PrefillTile:
         """The tile of a configuration.

@@ -132,6 +132,10 @@ class Source:
         """Blocks along the rows, and splits."""
         return -(-rows // tile.block_rows), tile.splits
 
+    def cluster(self, tile: Tile) -> tuple[int, int]:
+        """Blocks of a cluster along the rows, and splits."""
+        return 1, tile.splits
+
 
 @dataclass(frozen=True, slots=True)
 class StreamSource(Source):
@@ -219,6 +223,9 @@ class WarpgroupSource(Source):
         """Whole clusters along the rows, and splits."""
         return -(-rows // (tile.block_rows * tile.cluster)) * tile.cluster, tile.splits
 
+    def cluster(self, tile: Tile) -> tuple[int, int]:
+        return tile.cluster, tile.splits
+
 
 @dataclass(frozen=True, slots=True)
 class StreamedSource(WarpgroupSource):
@@ -227,6 +234,9 @@ class StreamedSource(WarpgroupSource):
     @property
     def arranged(self) -> bool:
         return True
+
+    def cluster(self, tile: Tile) -> tuple[int, int]:
+        return tile.cluster, 1
 
     def shared_bytes(self, tile: Tile, m: int, depth: int) -> int:
         stages, slots = self._x_stages(tile), tile.warps_row * tile.stages
