@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
-import products
 import pytest
+from sanitizer import run_clean
 
 PRODUCTS = """
 import ast, sys
@@ -100,21 +95,6 @@ torch.cuda.synchronize()
 print("ran:", ran)
 """
 FORMS = [("wgmma-sparse", "2:4"), ("mma-sparse", "2:4"), ("wgmma-4:8", "4:8"), ("wgmma-unstructured", "unstructured")]
-
-
-def run_clean(tool: str, kernels: tuple[str, ...], script: str, *arguments: str) -> str:
-    """What the script prints under the sanitizer, whose complaints about ``kernels`` fail the test."""
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    if sanitizer is None:
-        pytest.skip("compute-sanitizer (CUDA toolkit) is not installed")
-    # Kernels of the libraries are the libraries' affair.
-    filters = [argument for name in kernels for argument in ("--kernel-regex", f"kns={name}")]
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *filters, sys.executable, "-c", script, *arguments]
-    folders = [str(Path(products.__file__).parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
-    found = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=240)
-    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-2000:]
-    return found.stdout
 
 
 @pytest.mark.gpu

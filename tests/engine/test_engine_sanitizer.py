@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from checkpoints import make_tiny_opt
+from sanitizer import run_clean
 
 from sparse_engine.engine.cuda import VARIABLE as STEP
 
@@ -46,17 +43,9 @@ print("generated")
     ("pattern", "step"), [("dense", "kernels"), ("2:4", "kernels"), ("0.5", "kernels"), ("2:4", "half-layers"), ("2:4", "one-kernel")]
 )
 def test_generation_is_clean(pattern: str, step: str, tool: str, tmp_path: Path) -> None:
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    if sanitizer is None:
-        pytest.skip("compute-sanitizer (CUDA toolkit) is not installed")
     # The narrowest that every form of the step runs.
     sizes = {"hidden_size": 256, "word_embed_proj_dim": 256, "ffn_dim": 1024, "num_attention_heads": 4}
     path = make_tiny_opt(tmp_path / "opt", **sizes)
-    # Kernels of the libraries are the libraries' affair.
     kernels = ("decode", "attention", "embed", "greedy", "advance", "penalise", "layer_norm", "arrange", "expand", "half", "head")
-    filters = [argument for name in kernels for argument in ("--kernel-regex", f"kns={name}")]
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *filters, sys.executable, "-c", GENERATE, str(path), pattern]
-    environment = os.environ | {"SPARSE_ENGINE_GENERATE": "engine", STEP: step}
-    found = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=240)
-    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-2000:]
-    assert "generated" in found.stdout
+    said = run_clean(tool, kernels, GENERATE, str(path), pattern, SPARSE_ENGINE_GENERATE="engine", **{STEP: step})
+    assert "generated" in said

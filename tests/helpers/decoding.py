@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
+from products import relative_error
 from torch import Tensor
 from transformers import OPTForCausalLM
 from transformers.models.opt.configuration_opt import OPTConfig
@@ -46,6 +47,13 @@ def copied(cache: Cache) -> Cache:
     state = cache.state
     tensors = {f.name: v.clone() if isinstance(v := getattr(state, f.name), Tensor) else v for f in fields(state)}
     return Cache(cache.k.clone(), cache.v.clone(), replace(state, **tensors))
+
+
+def assert_same_step(found: Tensor, cache: Cache, expected: Tensor, before: Cache) -> None:
+    """``found`` logits and what a step left in ``cache`` are near the ``expected`` ones and what the other step left in ``before``."""
+    assert relative_error(found, expected.double()) < (2e-2 if cache.k.dtype is torch.bfloat16 else 3e-3)
+    assert relative_error(cache.k, before.k.double()) < 1e-2
+    assert relative_error(cache.v, before.v.double()) < 1e-2
 
 
 def same_generation_with_and_without(attribute: str, path: str) -> None:

@@ -1,0 +1,29 @@
+"""Runs scripts under compute-sanitizer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def run_clean(tool: str, kernels: tuple[str, ...], script: str, *arguments: str, **environment: str) -> str:
+    """What a Python script prints under compute-sanitizer, whose complaints about ``kernels`` fail the test.
+
+    The script may import the tests' helpers. ``environment`` is added to that of the test.
+    """
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer (CUDA toolkit) is not installed")
+    # Kernels of the libraries are the libraries' affair.
+    filters = [argument for name in kernels for argument in ("--kernel-regex", f"kns={name}")]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *filters, sys.executable, "-c", script, *arguments]
+    folders = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))} | environment
+    found = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=240)
+    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-2000:]
+    return found.stdout
