@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -41,7 +42,7 @@ class KeepMask(TrainerCallback):
 
 
 class StopOnBrokenLoss(TrainerCallback):
-    """Ends the run when a loss was NaN or infinite, before a checkpoint of such weights could replace a good one."""
+    """Ends the run when a training or validation loss was NaN or infinite, before such weights are kept or written."""
 
     def __init__(self, learning_rate: float) -> None:
         self._learning_rate = learning_rate
@@ -54,12 +55,22 @@ class StopOnBrokenLoss(TrainerCallback):
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._check(args, state)
 
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Mapping[str, float], **kwargs: Any
+    ) -> None:
+        # Called before the checkpoint of this step is saved. The last update may have broken weights whose training losses were fine.
+        if not math.isfinite(metrics["eval_loss"]):
+            self._stop(state, "validation")
+
     def _check(self, args: TrainingArguments, state: TrainerState) -> None:
-        if self.trainer is None or not bool(self.trainer.broken):
-            return
-        kept = f"the last good checkpoint is in {args.output_dir}" if state.best_global_step else "no checkpoint had been kept yet"
+        if self.trainer is not None and bool(self.trainer.broken):
+            self._stop(state, "training")
+
+    def _stop(self, state: TrainerState, which: str) -> None:
+        good = state.best_model_checkpoint
         raise SparseEngineError(
-            f"the training loss became NaN or infinite by step {state.global_step}; {kept}: "
+            f"the {which} loss became NaN or infinite by step {state.global_step}; "
+            f"{f'the last good checkpoint is in {good}' if good else 'no checkpoint had been kept yet'}: "
             f"lower --lr (now {self._learning_rate:g}) and start again"
         )
 

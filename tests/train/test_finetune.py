@@ -201,11 +201,19 @@ def test_a_broken_loss_stops_and_keeps_the_last_good_checkpoint(dense: Path, tmp
         return loss
 
     monkeypatch.setattr(SparseTrainer, "compute_loss", broken)
-    with pytest.raises(SparseEngineError, match=r"NaN or infinite by step 4; the last good checkpoint is in .*lower --lr"):
+    with pytest.raises(SparseEngineError, match=r"NaN or infinite by step 4; the last good checkpoint is in .*checkpoint-2: lower --lr"):
         finetune(str(dense), tmp_path / "out", TRAIN, HELD_OUT, settings("full", epochs=5))
     kept = OPTForCausalLM.from_pretrained(tmp_path / "out.partial" / "checkpoint-2")
     assert all(bool(torch.isfinite(p).all()) for p in kept.parameters())
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_the_last_update_broke_are_not_written(dense: Path, tmp_path: Path) -> None:
+    chosen = settings("full", max_steps=1, learning_rate=1e38, warmup=0)
+    with pytest.raises(SparseEngineError, match=r"validation loss became NaN or infinite by step 1; no checkpoint had been kept yet"):
+        finetune(str(dense), tmp_path / "out", TRAIN, HELD_OUT, chosen)
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out.partial").glob("checkpoint-*"))
 
 
 def test_early_stopping_ends_a_run_that_only_gets_worse(dense: Path, tmp_path: Path) -> None:
