@@ -193,7 +193,9 @@ def _begin(work: Path, description: dict[str, Any], *, resume: bool) -> None:
     found = json.loads(job.read_text(encoding="utf-8"))
     now = json.loads(json.dumps(description))
     if changed := sorted(key for key in now if found.get(key) != now[key]):
-        raise InputError(f"{work} was started with another {' and '.join(changed)}; resume with the same, or drop --resume to start anew")
+        raise InputError(
+            f"{work} was started differently ({' and '.join(changed)}): resume as it was started, or drop --resume to start anew"
+        )
 
 
 def _own_device(device: torch.device) -> torch.device:
@@ -302,6 +304,6 @@ def _write(
         side_files=checkpoint.path,
         dtype=dtype or stored,
         made=source | {"finetuned": settings.method},
+        beside={RECORD: record},
         overwrite=overwrite,
     )
-    write_json(out / RECORD, record)

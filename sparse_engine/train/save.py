@@ -34,6 +34,7 @@ def write_checkpoint(
     dtype: torch.dtype,
     output: str = "packed",
     made: Mapping[str, Any],
+    beside: Mapping[str, Mapping[str, Any]] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write weights to directory ``out``.
@@ -46,6 +47,7 @@ def write_checkpoint(
         dtype: stored type of all weights.
         output: storage of the pruned linears, as of ``convert --format``.
         made: provenance for the manifest.
+        beside: more JSON files by name, which appear together with the weights.
 
     Raises:
         InputError: ``out`` exists and ``overwrite`` is off, or a weight is not finite.
@@ -81,4 +83,6 @@ def write_checkpoint(
     if layers:
         manifest = {"version": 1, "sparse_engine": sparse_engine.__version__, "made": dict(made), "layers": recorded}
         write_json(result / MANIFEST, manifest)
+    for name, content in (beside or {}).items():
+        write_json(result / name, dict(content))
     publish(result, out, overwrite=overwrite)

@@ -178,7 +178,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(dense: Path, pruned: dic
     with pytest.raises(_Stop):
         finetune(source, tmp_path / "cut", TRAIN, HELD_OUT, chosen, track=_stopping(3))
     assert (tmp_path / "cut.partial" / "checkpoint-2").is_dir()
-    with pytest.raises(InputError, match=r"started with another settings; resume with the same, or drop --resume"):
+    with pytest.raises(InputError, match=r"started differently \(settings\): resume as it was started, or drop --resume"):
         finetune(source, tmp_path / "cut", TRAIN, HELD_OUT, settings(method, learning_rate=1e-2, epochs=3), resume=True)
     cut = finetune(source, tmp_path / "cut", TRAIN, HELD_OUT, chosen, resume=True)
     assert cut.steps == whole.steps == 6
