@@ -55,11 +55,9 @@ class StopOnBrokenLoss(TrainerCallback):
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._check(args, state)
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Mapping[str, float], **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Called before the checkpoint of this step is saved. The last update may have broken weights whose training losses were fine.
-        if not math.isfinite(metrics["eval_loss"]):
+        if not math.isfinite(kwargs["metrics"]["eval_loss"]):
             self._stop(state, "validation")
 
     def _check(self, args: TrainingArguments, state: TrainerState) -> None:
