@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparse_engine.errors import InputError, SparseEngineError
 
-__all__ = ["ShardWriter", "check_target", "publish", "save_tensors", "write_json"]
+__all__ = ["ShardWriter", "check_target", "publish", "read_json", "save_tensors", "write_json"]
 
 SIDE_FILES = ("generation_config.json", "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json")
 """Files that go along unchanged with the weights."""
@@ -25,6 +25,21 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What :func:`write_json` wrote to ``path``.
+
+    Raises:
+        InputError: it holds something else by now.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); remove it and run again") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is damaged (it holds a {type(content).__name__}); remove it and run again")
+    return content
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

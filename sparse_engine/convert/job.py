@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from sparse_engine import formats
 from sparse_engine.checkpoint.storage.base import LayerSpec
-from sparse_engine.checkpoint.writer import save_tensors, write_json
+from sparse_engine.checkpoint.writer import read_json, save_tensors, write_json
 from sparse_engine.errors import InputError
 from sparse_engine.formats.base import PackedWeight
 from sparse_engine.pattern import SparsityPattern
@@ -56,7 +55,7 @@ class Job:
             self.folder.mkdir(parents=True)
             write_json(description, self._settings)
             return 0
-        found = json.loads(description.read_text(encoding="utf-8"))
+        found = read_json(description)
         changed = sorted(key for key in self._settings.keys() | found.keys() if self._settings.get(key) != found.get(key))
         if changed:
             names = " and ".join(changed)
@@ -86,7 +85,7 @@ class Job:
 
     def load(self, index: int) -> dict[str, PackedWeight]:
         """The pruned linears of a finished layer."""
-        described = json.loads(self._file(index).with_suffix(".json").read_text(encoding="utf-8"))
+        described = read_json(self._file(index).with_suffix(".json"))
         tensors = load_file(self._file(index))
         found: dict[str, PackedWeight] = {}
         for name, entry in described.items():

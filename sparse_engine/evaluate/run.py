@@ -6,7 +6,6 @@ The two halves need different libraries: a machine with the GPU generates, and o
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ import torch
 
 from sparse_engine.checkpoint import Checkpoint, resolve
 from sparse_engine.checkpoint.reader import content_digest
-from sparse_engine.checkpoint.writer import write_json
+from sparse_engine.checkpoint.writer import read_json, write_json
 from sparse_engine.data.files import read_documents
 from sparse_engine.data.pairs import Pair
 from sparse_engine.data.prompt import prompt_tokens
@@ -254,10 +253,7 @@ def _columns(predictions: Sequence[Prediction]) -> tuple[list[str], list[str], l
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+    return read_json(path) if path.exists() else None
 
 
 def _device_name(device: torch.device) -> str:

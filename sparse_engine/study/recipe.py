@@ -6,12 +6,15 @@ import importlib
 import os
 import re
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparse_engine import pruners
+from sparse_engine import pruners, registry
 from sparse_engine.errors import InputError
+from sparse_engine.evaluate.metrics import choose
+from sparse_engine.hf.loading import parse_dtype
 from sparse_engine.pattern import SparsityPattern
 from sparse_engine.train.settings import FinetuneSettings
 
@@ -21,9 +24,15 @@ SPLITS = ("validation", "test")
 """Splits that a table has columns for."""
 
 _KINDS = ("prune", "finetune", "merge")
-_EVALUATE = {"batch_size", "max_new_tokens", "max_text_tokens", "max_summary_tokens", "dtype", "backend", "decode_tokens"}
-_CALIBRATION = {"source", "samples", "length", "prompts", "seed"}
-_SCORE = {"metrics", "bertscore_model", "bertscore_layers"}
+_EVALUATE = {"dtype": str, "backend": str} | dict.fromkeys(
+    ("batch_size", "max_new_tokens", "max_text_tokens", "max_summary_tokens", "decode_tokens"), int
+)
+_CALIBRATION = {"source": str, "samples": int, "length": int, "prompts": bool, "seed": int}
+_SCORE = {"metrics": list, "bertscore_model": str, "bertscore_layers": int}
+_SOURCE = {"source": object, "limit": int, "text_column": str, "summary_column": str}
+_OPTIONAL = {"backend", "dtype", "length", "metrics", "bertscore_layers", "limit"}
+"""Settings that may be left empty."""
+_KIND_NAMES = {int: "a whole number above 0", str: "a text", bool: "true or false", list: "a list"}
 _PUBLISHED = {"validation_rougeL", "validation_bertscore", "test_rougeL", "test_bertscore", "seconds", "nonzero", "size_mb"}
 
 
@@ -100,7 +109,10 @@ def load_recipe(source: str) -> Recipe:
         if name not in shipped or path.parent != Path():
             raise InputError(f"there is no recipe {source}: give a file, or one of {', '.join(shipped)}")
         path = shipped[name]
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no UTF-8 text: {error.reason}") from None
     try:
         yaml = importlib.import_module("yaml")
     except ModuleNotFoundError:
@@ -124,11 +136,14 @@ def _recipe(content: dict[str, Any], text: str) -> Recipe:
         models[name], dense[name] = str(model["checkpoint"]), str(model["dense"])
     data = {name: _source(entry, name) for name, entry in _mapping(content["data"], "data").items()}
     _check_keys(data, {"train", "heldout", *SPLITS}, "data", needed={"train", "test"})
-    calibration = {"source": "train", "samples": 128, "length": None, "prompts": False, "seed": 0} | dict(content.get("calibration") or {})
-    _check_keys(calibration, _CALIBRATION, "calibration")
-    score = dict(content.get("score") or {})
-    _check_keys(score, _SCORE, "score")
+    calibration = {"source": "train", "samples": 128, "length": None, "prompts": False, "seed": 0} | _settings(content, "calibration")
+    _check_values(calibration, _CALIBRATION, "calibration")
+    score = _settings(content, "score")
+    _check_values(score, _SCORE, "score")
+    choose(score.get("metrics"))
     rows: dict[str, Row] = {}
+    if not isinstance(content["rows"] or [], list):
+        raise InputError(f"rows must be a list, got {type(content['rows']).__name__}")
     for entry in content["rows"] or ():
         row = _row(_mapping(entry, "a row"), models, content, rows)
         rows[row.id] = row
@@ -137,8 +152,9 @@ def _recipe(content: dict[str, Any], text: str) -> Recipe:
     for name, reference in dense.items():
         if reference not in rows:
             raise InputError(f"model {name} names the row {reference!r} as its dense reference, which is not there")
-    seed, examples = int(content.get("seed", 0)), int(content.get("examples", 3))
-    return Recipe(str(content["name"]), text, seed, models, dense, data, calibration, score, rows, examples)
+    others = {key: content.get(key, default) for key, default in (("seed", 0), ("examples", 3))}
+    _check_values(others, {"seed": int, "examples": int}, "the recipe")
+    return Recipe(str(content["name"]), text, others["seed"], models, dense, data, calibration, score, rows, others["examples"])
 
 
 def _row(entry: dict[str, Any], models: Mapping[str, str], content: Mapping[str, Any], before: Mapping[str, Row]) -> Row:
@@ -153,30 +169,39 @@ def _row(entry: dict[str, Any], models: Mapping[str, str], content: Mapping[str,
     if entry["model"] not in models:
         raise InputError(f"{what} has the unknown model {entry['model']!r}; known: {', '.join(models)}")
     start = entry.get("start")
-    steps = tuple(_step(step, what, dict(content.get("finetune") or {})) for step in entry.get("steps") or ())
+    steps = tuple(_step(step, what, _settings(content, "finetune")) for step in entry.get("steps") or ())
     for other in [start, *(step.settings.get("teacher") for step in steps)]:
         if other is not None and other not in before:
             raise InputError(f"{what} builds on the row {other!r}, which must come before it")
-    evaluate = dict(content.get("evaluate") or {}) | dict(entry.get("evaluate") or {})
-    _check_keys(evaluate, _EVALUATE, f"{what}, evaluate")
-    published = {key: float(value) for key, value in (entry.get("published") or {}).items()}
+    evaluate = _settings(content, "evaluate") | _settings(entry, "evaluate")
+    _check_values(evaluate, _EVALUATE, f"{what}, evaluate")
+    if (backend := evaluate.get("backend")) is not None:
+        registry.get(backend)
+    if evaluate.get("dtype") != "auto":
+        parse_dtype(evaluate.get("dtype"))
+    published = _settings(entry, "published")
     _check_keys(published, _PUBLISHED, f"{what}, published")
+    if wrong := [key for key, value in published.items() if type(value) not in (int, float)]:
+        raise InputError(f"{what}, published: {wrong[0]} must be a number, got {published[wrong[0]]!r}")
     labels = {key: str(entry.get(key, "–")) for key in ("technique", "pruning", "sparsity")}
-    return Row(name, str(entry["model"]), start, steps, evaluate, labels, published)
+    return Row(name, str(entry["model"]), start, steps, evaluate, labels, {key: float(value) for key, value in published.items()})
 
 
 def _step(step: Any, what: str, defaults: dict[str, Any]) -> Step:
     if not isinstance(step, Mapping) or len(step) != 1 or next(iter(step)) not in _KINDS:
         raise InputError(f"{what}: a step is one of {', '.join(_KINDS)} with its settings, got {step!r}")
     kind, given = next(iter(step.items()))
-    settings = dict(given or {})
+    settings = _settings({kind: given}, kind)
     if kind == "prune":
         _check_keys(settings, {"pruner", "pattern", "calibration"}, f"{what}, prune", needed={"pruner", "pattern"})
         pruners.get(settings["pruner"])
+        if isinstance(settings["pattern"], int):
+            raise InputError(f'{what}: a pattern such as "2:4" stands in quotes, as YAML takes 2:4 for the number {settings["pattern"]}')
         SparsityPattern.parse(str(settings["pattern"]))
-        _check_keys(settings.get("calibration") or {}, _CALIBRATION, f"{what}, calibration")
+        _check_values(_settings(settings, "calibration"), _CALIBRATION, f"{what}, calibration")
     elif kind == "finetune":
         extra = {key: settings.pop(key) for key in ("teacher", "dtype") if key in settings}
+        parse_dtype(extra.get("dtype"))
         settings = FinetuneSettings.from_dict(defaults | settings).to_dict() | extra
     else:
         _check_keys(settings, {"apply_mask"}, f"{what}, merge")
@@ -186,13 +211,32 @@ def _step(step: Any, what: str, defaults: dict[str, Any]) -> Step:
 def _source(entry: Any, name: str) -> Source:
     what = f"data, {name}"
     entry = _mapping(entry, what)
-    _check_keys(entry, {"source", "limit", "text_column", "summary_column"}, what, needed={"source"})
+    _check_keys(entry, _SOURCE.keys(), what, needed={"source"})
+    _check_values(entry, _SOURCE, what)
     sources = entry["source"] if isinstance(entry["source"], list) else [entry["source"]]
     others = {key: value for key, value in entry.items() if key != "source"}
     return Source(tuple(map(str, sources)), **others)
 
 
-def _check_keys(found: Mapping[str, Any], known: set[str], what: str, needed: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+def _settings(entry: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A copy of the settings under ``name``, which may be absent or empty."""
+    return dict(_mapping(entry.get(name) or {}, name))
+
+
+def _check_values(found: Mapping[str, Any], kinds: Mapping[str, type], what: str) -> None:
+    _check_keys(found, kinds.keys(), what)
+    for key, value in found.items():
+        kind = kinds[key]
+        if value is None and key in _OPTIONAL:
+            continue
+        # True is an int to Python, and no number to anyone who writes a recipe.
+        number = isinstance(value, int) and not isinstance(value, bool) and value >= (0 if key == "seed" else 1)
+        if not (number if kind is int else isinstance(value, kind)):
+            wanted = "a whole number from 0 on" if key == "seed" else _KIND_NAMES[kind]
+            raise InputError(f"{what}: {key} must be {wanted}, got {value!r}")
+
+
+def _check_keys(found: Mapping[str, Any], known: AbstractSet[str], what: str, needed: AbstractSet[str] = frozenset()) -> None:
     if unknown := sorted(set(found) - known):
         raise InputError(f"{what} has the unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
     if missing := sorted(needed - set(found)):

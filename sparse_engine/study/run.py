@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 import typer
 
-from sparse_engine.checkpoint.writer import write_json
+from sparse_engine.checkpoint.writer import read_json, write_json
 from sparse_engine.errors import InputError, SparseEngineError
 from sparse_engine.progress import Track, silent
 from sparse_engine.study.graph import Graph
@@ -88,9 +87,7 @@ def run_study(
             write_json(finished / f"{name}.json", row_result(row, graph, stages, examples=recipe.examples))
         if failed:
             raise SparseEngineError("; ".join(failed.values()))
-    results: dict[str, Any] = {
-        file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(finished.glob("*.json")) if file.stem in recipe.rows
-    }
+    results: dict[str, Any] = {file.stem: read_json(file) for file in sorted(finished.glob("*.json")) if file.stem in recipe.rows}
     if not score and not results:
         return []
     return write_report(recipe, results, out, command)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import typer
 
-from sparse_engine.checkpoint.writer import write_json
+from sparse_engine.checkpoint.writer import read_json, write_json
 from sparse_engine.data.calibration import calibration_tokens, windows
 from sparse_engine.data.pairs import Pair
 from sparse_engine.data.prompt import render_example
@@ -63,8 +63,7 @@ class Stages:
 
     def record(self, stage: Stage) -> dict[str, Any]:
         """What was recorded when the stage was made."""
-        content: dict[str, Any] = json.loads((self.folder / stage.folder / _RECORD).read_text(encoding="utf-8"))
-        return content
+        return read_json(self.folder / stage.folder / _RECORD)
 
     def ensure(self, stage: Stage) -> Path:
         """The stage's finished folder, made now (with what it needs) if it is not there; an unfinished one is taken up."""
@@ -152,7 +151,7 @@ class Stages:
             dtype = parse_dtype(stage.settings.get("dtype"))
             where = {"teacher": teacher, "device": self.device, "dtype": dtype}
             finetune(source, out, train, heldout, settings, resume=True, track=self.track, **where)  # type: ignore[arg-type]
-        made: dict[str, Any] = json.loads((out / RECORD).read_text(encoding="utf-8"))
+        made = read_json(out / RECORD)
         return {
             key: made[key] for key in ("steps", "best_step", "validation_loss", "train_loss", "seconds", "trained_parameters", "history")
         }

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from sparse_engine.checkpoint import Checkpoint, resolve
-from sparse_engine.checkpoint.writer import check_target, copy_side_files, publish, write_json
+from sparse_engine.checkpoint.writer import check_target, copy_side_files, publish, read_json, write_json
 from sparse_engine.data.encode import encode_pairs
 from sparse_engine.data.pairs import Pair
 from sparse_engine.errors import InputError, SparseEngineError
@@ -190,7 +190,7 @@ def _begin(work: Path, description: dict[str, Any], *, resume: bool) -> None:
         work.mkdir(parents=True, exist_ok=True)
         write_json(job, description)
         return
-    found = json.loads(job.read_text(encoding="utf-8"))
+    found = read_json(job)
     now = json.loads(json.dumps(description))
     if changed := sorted(key for key in now if found.get(key) != now[key]):
         raise InputError(

@@ -26,6 +26,9 @@ from sparse_engine.study.recipe import Recipe, load_recipe, shipped_recipes
 from sparse_engine.study.rows import table_line
 from sparse_engine.study.run import run_study
 
+_SMOKE_S = 360
+"""Seconds that the whole smoke study may take on two cores; some 50 is usual."""
+
 RECIPE = """
 name: tiny
 models:
@@ -131,6 +134,16 @@ def test_shipped_recipes_have_the_published_shape(monkeypatch: pytest.MonkeyPatc
         ("2:4", "2:3", "N:M needs M in"),
         ("${TINY}/model", "${NOWHERE}/model", "the environment variable NOWHERE is not set"),
         ("rows:", "rows: [", "is no YAML"),
+        ("name: tiny\n", "name: tiny\nseed: many\n", "the recipe: seed must be a whole number from 0 on, got 'many'"),
+        ("samples: 4", "samples: four", "calibration: samples must be a whole number above 0, got 'four'"),
+        ("prompts: true", "prompts: 1", "calibration: prompts must be true or false, got 1"),
+        ("max_new_tokens: 8", "max_new_tokens: 0", "row base, evaluate: max_new_tokens must be a whole number above 0, got 0"),
+        ("decode_tokens: 3", "dtype: half", "unknown --dtype 'half'"),
+        ("decode_tokens: 3", "backend: fast", "unknown backend 'fast'"),
+        ("limit: 4", "limit: true", "data, test: limit must be a whole number above 0, got True"),
+        ("metrics: [rouge", "metrics: [rogue", "there is no metric 'rogue'"),
+        ("test_rougeL: 0.4239", "test_rougeL: high", "row full, published: test_rougeL must be a number, got 'high'"),
+        ('pattern: "2:4"', "pattern: 2:4", 'a pattern such as "2:4" stands in quotes'),
         ("  test:", "  tost:", "data has the unknown key 'tost'"),
         ("model: tiny\n    technique: full", "model: tinier\n    technique: full", "unknown model 'tinier'"),
     ],
@@ -143,6 +156,16 @@ def test_a_recipe_that_cannot_be_run_is_refused_at_once(
     (tmp_path / "bad.yaml").write_text(RECIPE.replace(old, new))
     with pytest.raises(InputError, match=re.escape(message)):
         load_recipe(str(tmp_path / "bad.yaml"))
+
+
+def test_damaged_results_are_named(recipe: Recipe, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "full.json").write_text("{")
+    with pytest.raises(InputError, match=r"full\.json is damaged \(.*\); remove it and run again"):
+        run_study(recipe, tmp_path, report_only=True)
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9")
+    with pytest.raises(InputError, match=r"latin\.yaml is no UTF-8 text"):
+        load_recipe(str(tmp_path / "latin.yaml"))
 
 
 def test_unknown_recipes_and_rows_are_named(recipe: Recipe, tmp_path: Path) -> None:
@@ -339,7 +362,7 @@ def test_each_gpu_evaluates_its_share(recipe: Recipe, folder: Path, tmp_path: Pa
 
 def test_the_smoke_recipe_runs_from_the_command_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sparse_engine", "study", "smoke", "--device", "cpu", "--out", "out"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=_SMOKE_S)
     assert done.returncode == 0, done.stderr
     lines = _lines(tmp_path / "out")
     assert list(lines) == list(load_recipe("smoke").rows)
