@@ -31,21 +31,23 @@ def quality_plot(lines: Sequence[Mapping[str, Any]], x: str, label: str, *, y: s
         matplotlib = importlib.import_module("matplotlib")
     except ModuleNotFoundError:
         raise InputError("plots need the matplotlib package: pip install 'sparse-engine[eval]'") from None
-    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(f"{p['pruning']} {p['sparsity']}" for p in points))}
-    markers = {name: _MARKERS[i % len(_MARKERS)] for i, name in enumerate(dict.fromkeys(str(p["technique"]) for p in points))}
+    # Of all rows, so that a colour means the same in every plot of a study; the legend has those of this one.
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(map(_pruning, lines)))}
+    markers = {name: _MARKERS[i % len(_MARKERS)] for i, name in enumerate(dict.fromkeys(str(line["technique"]) for line in lines))}
+    used = {_pruning(p) for p in points}, {str(p["technique"]) for p in points}
     # A fixed salt and no date give the same file for the same figures; text stays text.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "study", "font.size": 9}):
-        legends = 2 + -(-(len(colours) + len(markers)) // 3)
+        legends = 2 + -(-sum(map(len, used)) // 3)
         figure = figure_module.Figure(figsize=(9, max(4.5, 0.17 * len(points)) + 0.17 * legends), layout="constrained")
         axes = figure.subplots()
         for p in points:
-            colour, marker = colours[f"{p['pruning']} {p['sparsity']}"], markers[str(p["technique"])]
+            colour, marker = colours[_pruning(p)], markers[str(p["technique"])]
             spread = [[p[y] - p[f"{y}_low"]], [p[f"{y}_high"] - p[y]]]
             axes.errorbar(p[x], p[y], yerr=spread, fmt=marker, color=colour, capsize=2, markersize=6, elinewidth=0.8)
-        for name, colour in colours.items():
-            axes.plot([], [], "o", color=colour, label="not pruned" if name == "– –" else name)
-        for name, marker in markers.items():
-            axes.plot([], [], marker, color="0.4", label="not fine-tuned" if name == "–" else name)
+        for name in (name for name in colours if name in used[0]):
+            axes.plot([], [], "o", color=colours[name], label="not pruned" if name == "– –" else name)
+        for name in (name for name in markers if name in used[1]):
+            axes.plot([], [], markers[name], color="0.4", label="not fine-tuned" if name == "–" else name)
         axes.margins(x=0.05, y=0.05)
         if log:
             axes.set_xscale("log")
@@ -70,6 +72,10 @@ def quality_plot(lines: Sequence[Mapping[str, Any]], x: str, label: str, *, y: s
         figure.savefig(stream, format="svg", metadata={"Date": None})
     svg = stream.getvalue()
     return svg[svg.index("<svg") :]
+
+
+def _pruning(line: Mapping[str, Any]) -> str:
+    return f"{line['pruning']} {line['sparsity']}"
 
 
 def spread_out(wanted: Sequence[float], gap: float) -> list[float]:

@@ -22,6 +22,7 @@ from sparse_engine.progress import silent
 from sparse_engine.study import stages as stages_module
 from sparse_engine.study.graph import Graph
 from sparse_engine.study.parallel import _least_busy, _start, evaluate_apart, visible_gpus
+from sparse_engine.study.plots import quality_plot, spread_out
 from sparse_engine.study.recipe import Recipe, load_recipe, shipped_recipes
 from sparse_engine.study.rows import table_line
 from sparse_engine.study.run import run_study
@@ -373,9 +374,23 @@ def test_the_smoke_recipe_runs_from_the_command_line(tmp_path: Path) -> None:
     assert done.stdout.split() == [f"out/{name}" for name in ("table.md", "table.csv", "study.json", "report.html")]
 
 
-def test_names_beside_a_plot_keep_their_distance() -> None:
-    from sparse_engine.study.plots import spread_out
+def test_a_colour_means_the_same_in_every_plot() -> None:
+    def row(name: str, pruning: str, speed: float | None, size: float) -> dict[str, object]:
+        quality = {"test_rougeL": 0.3, "test_rougeL_low": 0.2, "test_rougeL_high": 0.4}
+        return {"id": name, "technique": "full", "pruning": pruning, "sparsity": "2:4", "speed": speed, "size": size, **quality}
 
+    # The first row has no speed, so that the other is the first in one plot and the second in the other.
+    lines = [row("a", "Wanda", None, 5.0), row("b", "SparseGPT", 2.0, 3.0)]
+    speed, size = (quality_plot(lines, x, x) for x in ("speed", "size"))
+    assert speed is not None
+    assert size is not None
+    assert "Wanda 2:4" not in speed
+    first, second = "#1f77b4", "#ff7f0e"
+    assert [colour in speed for colour in (first, second)] == [False, True]
+    assert [colour in size for colour in (first, second)] == [True, True]
+
+
+def test_names_beside_a_plot_keep_their_distance() -> None:
     wanted = [0.5, 0.51, 0.5, 0.99, 1.0, 0.02]
     placed = spread_out(wanted, 0.1)
     in_order = sorted(placed)
