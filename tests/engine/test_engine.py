@@ -89,6 +89,16 @@ def test_same_tokens_as_transformers(
     assert got.tolist() == want.tolist()
 
 
+def test_64_rows_that_end_at_different_steps(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = tuple(1 + 5 * i % 12 for i in range(64))
+    ends = [2, *range(30, 300, 7)]
+    # Without repeats the tiny model's tokens vary, and some of them end a row.
+    options = {"max_new_tokens": 20, "do_sample": False, "no_repeat_ngram_size": 1, "eos_token_id": ends, "pad_token_id": 1}
+    want, got = both(model, monkeypatch, **padded(model, lengths), **options)
+    assert len(set((want[:, max(lengths) :] != 1).sum(1).tolist())) > 2, "rows end at different steps"
+    assert got.tolist() == want.tolist()
+
+
 def test_stop_strings_and_criteria_end_rows_where_transformers_does(model: Any, tiny_opt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = load_tokenizer(tiny_opt)
     inputs = padded(model, (4, 7, 2))
