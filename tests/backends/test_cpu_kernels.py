@@ -306,7 +306,8 @@ def test_gradients_of_activations_and_bias(rows: int, dtype: torch.dtype, level:
 
 @pytest.mark.parametrize("pattern", ["2:4", "0.5"])
 @pytest.mark.parametrize("rows", [1, 40])
-def test_operator_contract(pattern: str, rows: int) -> None:
+@pytest.mark.parametrize("name", ["cpu_linear", "reference_linear"])
+def test_operator_contract(name: str, pattern: str, rows: int) -> None:
     packed = pack(pattern, (16, 64), torch.float32)
     tensors, shape = packed.tensors, packed.pattern
     arguments = (
@@ -319,7 +320,7 @@ def test_operator_contract(pattern: str, rows: int) -> None:
         shape.n or 0,
         shape.m or 0,
     )
-    torch.library.opcheck(torch.ops.sparse_engine.cpu_linear.default, arguments)
+    torch.library.opcheck(getattr(torch.ops.sparse_engine, name).default, arguments)
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "0.5"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -193,6 +194,55 @@ def test_product_is_that_of_the_levels(shape: tuple[int, int], kind: str, dtype:
             assert relative_error(y, expected) < (1e-2 if dtype is torch.bfloat16 else 2e-3), (m, config)
         y = kernel.run_levels(tokens, layout, bias, PATTERN, relu=True, residual=residual)
         assert torch.equal(y, kernel.run_fused(x, layout, bias, PATTERN, relu=True, residual=residual))
+
+
+def product_of_levels(x: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
+    """float64 product (M, out) of the levels that x (M, in) becomes."""
+    tokens = cuda_levels.quantise_rows(x, packed.tensors["values"].dtype)
+    weight = formats.get("nm").unpack(replace(packed, dtype=torch.float32)).double()
+    return (tokens.values.double() * tokens.scales[: len(x), None].double()) @ weight.T
+
+
+@pytest.mark.gpu
+@KINDS
+def test_strided_and_unaligned_activations(kind: str) -> None:
+    packed = make_packed((136, 772), torch.bfloat16, kind, "cuda")
+    kernel = registry.get("cuda_nm_8bit")
+    layout = kernel.prepare(packed)
+    wide = torch.randn(300, 1648, device="cuda", dtype=torch.bfloat16)
+    for x in (wide[:, :772], wide[:, 8:780], wide[:, 1:773], wide[:, :1544:2], wide[::2, 8:780], wide[:, :772].reshape(2, 150, 772)):
+        y = kernel.run(x, layout, None, PATTERN)
+        assert y.shape == (*x.shape[:-1], 136)
+        assert relative_error(y.reshape(-1, 136), product_of_levels(x.reshape(-1, 772), packed)) < 1e-2
+
+
+@pytest.mark.gpu
+@KINDS
+@pytest.mark.parametrize("m", [2, 300])
+def test_graph_and_side_stream(m: int, kind: str) -> None:
+    packed = make_packed((512, 512), torch.bfloat16, kind, "cuda")
+    kernel = registry.get("cuda_nm_8bit")
+    layout = kernel.prepare(packed)
+    x = torch.randn(m, 512, device="cuda", dtype=torch.bfloat16)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        side = kernel.run(x, layout, None, PATTERN)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert relative_error(side, product_of_levels(x, packed)) < 1e-2
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        # Nothing between, so that a kernel reading its input before its predecessor wrote it shows.
+        chain = [x * 2]
+        for _ in range(3):
+            chain.append(kernel.run(chain[-1], layout, None, PATTERN))
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x.copy_(torch.randn(m, 512) * 0.01)
+        graph.replay()
+        for before, after in itertools.pairwise(chain):
+            assert relative_error(after, product_of_levels(before, packed)) < 1e-2
 
 
 @pytest.mark.gpu

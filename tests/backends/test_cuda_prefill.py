@@ -200,11 +200,7 @@ def test_kernels_run_many_rows_through_a_form(pattern: str) -> None:
     for m in (128, 129, 1000):
         x = torch.randn(m, 512, device="cuda", dtype=BF16)
         for config in ((), *kernel.configs(registry.Problem.of(packed, m))[:4]):
-            y = (
-                kernel.run(x, layout, None, packed.pattern)
-                if config is None
-                else kernel.run_config(x, layout, None, packed.pattern, config)
-            )
+            y = kernel.run(x, layout, None, packed.pattern) if not config else kernel.run_config(x, layout, None, packed.pattern, config)
             assert relative_error(y, expected_product(x, packed, None)) < TOLERANCE[BF16], config
     with pytest.raises(InputError, match="cast x to the weight's type"):
         kernel.run(x.half(), layout, None, packed.pattern)

@@ -94,7 +94,35 @@ for rows, columns, m in ((200, 1288, 300), (72, 520, 150)):
 torch.cuda.synchronize()
 print("ran:", ran)
 """
-FORMS = [("wgmma-sparse", "2:4"), ("mma-sparse", "2:4"), ("wgmma-4:8", "4:8"), ("wgmma-unstructured", "unstructured")]
+FORMS = [
+    *(("wgmma-sparse", "2:4"), ("mma-sparse", "2:4"), ("wgmma-4:8", "4:8"), ("wgmma-unstructured", "unstructured")),
+    *(("expand", pattern) for pattern in ("2:4", "4:8", "unstructured")),
+]
+
+
+LEVELS = """
+import sys
+
+import torch
+from products import random_keep, relative_error
+from sparse_engine import formats, registry
+from sparse_engine.mask import Mask
+from sparse_engine.pattern import SparsityPattern
+
+parsed, kernel, ran = SparsityPattern.parse("2:4"), registry.get("cuda_nm_8bit"), 0
+for shape, m in (((200, 1288), 300), ((72, 520), 3)):
+    keep = random_keep(shape, parsed, torch.Generator().manual_seed(0))
+    packed = formats.for_pattern(parsed).pack(torch.randn(shape).bfloat16(), Mask(parsed, keep), value_type=sys.argv[1]).to("cuda")
+    layout = kernel.prepare(packed)
+    x = torch.randn(m, shape[1], device="cuda", dtype=torch.bfloat16)
+    expected = torch.nn.functional.linear(x.double(), formats.get("nm").unpack(packed).double())
+    for config in kernel.configs(registry.Problem.of(packed, m))[:4]:
+        # Levels of three bits of fraction and of eight differ from the values by some per cent at most.
+        assert relative_error(kernel.run_config(x, layout, None, parsed, config), expected) < 0.06, config
+        ran += 1
+torch.cuda.synchronize()
+print("ran:", ran)
+"""
 
 
 @pytest.mark.gpu
@@ -111,6 +139,18 @@ def test_decode_kernels_are_clean(file: str, patterns: str, tiles: list[tuple[in
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 @pytest.mark.parametrize(("name", "pattern"), FORMS)
 def test_prefill_kernels_are_clean(name: str, pattern: str, tool: str) -> None:
-    ran = re.search(r"ran: (\d+)", run_clean(tool, ("prefill",), PREFILL, name, pattern))
+    _check(run_clean(tool, ("prefill", "expand"), PREFILL, name, pattern))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_8_bit_kernels_are_clean(kind: str, tool: str) -> None:
+    _check(run_clean(tool, ("prefill", "quantise"), LEVELS, kind))
+
+
+def _check(said: str) -> None:
+    ran = re.search(r"ran: (\d+)", said)
     assert ran is not None
     assert int(ran[1]) > 0

@@ -126,6 +126,15 @@ def test_layout_gives_back_the_packed_weight(dtype: torch.dtype, shape: tuple[in
 
 
 @pytest.mark.gpu
+def test_operator_registration() -> None:
+    packed = make_packed(32, 64, torch.bfloat16, "cuda")
+    layout = registry.get(NAME).prepare(packed)
+    x, bias = (torch.randn(*size, dtype=torch.bfloat16, device="cuda") for size in ((3, 64), (32,)))
+    arguments = (x, layout["compressed"], layout["bitmask"], bias)
+    torch.library.opcheck(torch.ops.sparse_engine.torch_semi_structured_linear.default, arguments)
+
+
+@pytest.mark.gpu
 def test_layer_releases_and_recovers_its_packed_tensors() -> None:
     packed = make_packed(256, 512, torch.bfloat16)
     layer = SparseLinear.from_packed(packed, torch.randn(256).bfloat16(), backend=NAME).cuda()
