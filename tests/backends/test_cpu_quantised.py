@@ -200,6 +200,7 @@ def test_gradient_of_activations(kind: str, level: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pattern", ["2:4", "0.5"])
 def test_operator_contract(pattern: str, kind: str) -> None:
+    registry.get("cpu")  # which defines its operator
     packed = pack(pattern, (16, 64), kind)
     tensors = (packed.tensors["values"], packed.tensors["bitmask"], packed.tensors.get("row_offsets"), packed.tensors["scales"])
     torch.library.opcheck(torch.ops.sparse_engine.cpu_linear.default, (torch.randn(3, 64), *tensors, torch.randn(16), *nm(packed)))
