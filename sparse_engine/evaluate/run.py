@@ -201,7 +201,8 @@ def text_perplexity(loaded: Loaded, text: str, *, length: int = 2048, track: Tra
     Raises:
         InputError: the text is shorter than one window.
     """
-    ids = torch.tensor(loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    # With the tokenizer's own beginning of sequence in front of the whole text, as in the published figures.
+    ids = torch.tensor(loaded.tokenizer(text, verbose=False)["input_ids"])
     length = min(length, int(loaded.model.config.max_position_embeddings))
     return window_perplexity(loaded.model, ids, length, track=track).ppl
 

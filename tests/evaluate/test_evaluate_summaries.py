@@ -23,8 +23,18 @@ from sparse_engine.evaluate.generate import PREDICTIONS, generate_summaries, rea
 from sparse_engine.evaluate.metrics import all_metrics, choose
 from sparse_engine.evaluate.metrics.base import MetricSettings
 from sparse_engine.evaluate.metrics.extractive import fragments
+from sparse_engine.evaluate.perplexity import window_perplexity
 from sparse_engine.evaluate.resources import MemoryMeter, model_size
-from sparse_engine.evaluate.run import GENERATION, SCORES, EvaluateSettings, generate, load_for_evaluation, score
+from sparse_engine.evaluate.run import (
+    GENERATION,
+    SCORES,
+    EvaluateSettings,
+    generate,
+    load_for_evaluation,
+    perplexity_text,
+    score,
+    text_perplexity,
+)
 from sparse_engine.evaluate.summarise import summarise
 from sparse_engine.pattern import SparsityPattern
 
@@ -267,6 +277,28 @@ def test_an_evaluation_folder_is_made_once(pairs: list[Pair], tmp_path: Path, en
     assert set(found["metrics"]) == {column for metric in all_metrics().values() for column in metric.columns}
     with pytest.raises(InputError, match="generate first"):
         score(tmp_path / "nothing")
+
+
+def test_perplexity_of_wikitext_is_over_windows_of_the_joined_test_rows(
+    model, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The repository's own layout on the local disk.
+    rows = ["", " = Covered bridge = ", "", " A covered bridge is a timber bridge with a roof . "]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    data = "data_files:\n  - split: test\n    path: test.jsonl\n"
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: raw\n  {data}---\n")
+    monkeypatch.setattr("sparse_engine.evaluate.run._WIKITEXT", (str(tmp_path), "raw"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    text = perplexity_text("wikitext2")
+    assert text == "\n\n".join(rows)
+    loaded = load_for_evaluation(str(CHECKPOINT), EvaluateSettings(dtype="fp32"), CPU)
+    ids = torch.tensor(tokenizer(text)["input_ids"])
+    assert text_perplexity(loaded, text, length=9) == pytest.approx(window_perplexity(model, ids, 9).ppl, rel=1e-4)
+    with pytest.raises(InputError, match="needs at least as many"):
+        text_perplexity(loaded, text)
+    monkeypatch.setattr("sparse_engine.evaluate.run._WIKITEXT", (str(tmp_path / "nowhere"), "raw"))
+    with pytest.raises(InputError, match="give a text file instead"):
+        perplexity_text("wikitext2")
 
 
 @pytest.mark.gpu
