@@ -351,6 +351,27 @@ def test_a_quantised_base_without_bitsandbytes_says_what_to_use(dense: Path, tmp
         finetune(str(dense), tmp_path / "out", TRAIN, HELD_OUT, settings("qlora"))
 
 
+def test_every_method_trains_a_post_norm_model_with_projections(tmp_path: Path) -> None:
+    # OPT-350m alone has no final layer norm, norms behind the blocks, and embeddings narrower than the model.
+    sizes = {"max_position_embeddings": 512, "hidden_size": 128, "word_embed_proj_dim": 64}
+    dense = make_tiny_opt(tmp_path / "dense", do_layer_norm_before=False, **sizes)
+    pruned = tmp_path / "pruned"
+    convert(dense, pruned, pattern=SparsityPattern.parse("2:4"))
+    finetune(str(dense), tmp_path / "full", TRAIN, HELD_OUT, settings("full", learning_rate=1e-3))
+    chosen = settings("sparse-full", learning_rate=1e-3, distill_on="all", distill_hidden=0.1)
+    _zeros_kept(finetune(str(pruned), tmp_path / "kept", TRAIN, HELD_OUT, chosen, teacher=str(tmp_path / "full")).out, pruned)
+    finetune(str(pruned), tmp_path / "lora", TRAIN, HELD_OUT, settings("sparse-lora", learning_rate=1e-2))
+    merged = merge(tmp_path / "lora", tmp_path / "merged")
+    _zeros_kept(merged.out, pruned)
+    ids = torch.randint(4, 300, (2, 30), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        found = SparseOPTForCausalLM.from_pretrained(merged.out)(input_ids=ids).logits
+        torch.testing.assert_close(found, load_adapter(Adapter(tmp_path / "lora"), CPU)(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    for bits in (8, 4):
+        finetune(str(pruned), tmp_path / f"qlora-{bits}", TRAIN, HELD_OUT, settings("qlora", bits=bits, max_steps=1))
+        assert Adapter(tmp_path / f"qlora-{bits}").settings.bits == bits
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("method", "bits"), [("qlora", 8), ("qlora", 4), ("sparse-lora", 8), ("sparse-full", None), ("full", None)])
 def test_each_method_trains_on_a_gpu(dense: Path, pruned: dict[str, Path], tmp_path: Path, method: str, bits: int | None) -> None:
