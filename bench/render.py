@@ -180,7 +180,8 @@ def study(content: dict[str, Any]) -> str:
     body = []
     for row in content["rows"]:
         recovered = [f"{row[name]:.1%}" if row[name] is not None else "–" for name in ("rougeL_recovery", "likelihood_recovery")]
-        speed = f"{row['token_ms_batch_1']:.3f} ms" + (f" ({row['speedup_batch_1']:.2f}×)" if row["speedup_batch_1"] else "")
+        speed = f"{row['token_ms_batch_1']:.3f} ms" if row["token_ms_batch_1"] else "–"
+        speed += f" ({row['speedup_batch_1']:.2f}×)" if row["speedup_batch_1"] else ""
         how = ", ".join(part for part in (row["pruning"], row["sparsity"], row["technique"]) if part != "–")
         body.append([row["id"], how, f"{row['test_rougeL']:.4f}", *recovered, speed, f"{row['size_ratio']:.2f}×"])
     header = ["row", "how", "test ROUGE-L", "of the dense model's ROUGE-L", "of its log-likelihood", "per token, batch 1", "size"]

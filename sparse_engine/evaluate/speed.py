@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,29 +17,33 @@ if TYPE_CHECKING:
 
 __all__ = ["decode_speed"]
 
-_ROUNDS = 5
+_ROUNDS, _MOST_ROUNDS = 5, 20
 
 
 def decode_speed(
     loaded: Loaded, pairs: Sequence[Pair], settings: EvaluateSettings, tokens: int, *, batches: Sequence[int]
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, float | None]]:
     """Milliseconds per generated token and per prompt, for each batch size: the fastest of five rounds after one to warm up.
 
     Every round generates exactly ``tokens`` tokens after the first examples' prompts; the time of the first token stands for
     the prompt's. A token's is a difference of two times, of which a large batch's prompts are most; what disturbs a round only
-    adds to it, so that differences of the fastest scatter least.
+    adds to it, so that differences of the fastest scatter least. Where the machine is so busy that not even twenty rounds give a
+    difference above 0, a token's time is None.
     """
     positions = int(loaded.model.config.max_position_embeddings) - tokens
-    found = {}
+    found: dict[str, dict[str, float | None]] = {}
     for batch in dict.fromkeys(batches):
         some = list(pairs[:batch])
         prompts = [prompt_tokens(pair.text, loaded.tokenizer, settings.max_text_tokens, positions) for pair in some]
-        first, whole = [], []
-        for _ in range(_ROUNDS + 1):
-            first.append(_timed(loaded.model, prompts, 1))
-            whole.append(_timed(loaded.model, prompts, tokens))
-        prompt, total = min(first[1:]), min(whole[1:])
-        found[str(batch)] = {"prompt_ms": 1e3 * prompt, "token_ms": 1e3 * (total - prompt) / max(1, tokens - 1)}
+        prompt = total = math.inf
+        for turn in range(_MOST_ROUNDS + 1):
+            first, whole = _timed(loaded.model, prompts, 1), _timed(loaded.model, prompts, tokens)
+            if turn > 0:
+                prompt, total = min(prompt, first), min(total, whole)
+            if turn >= _ROUNDS and total > prompt:
+                break
+        token = (total - prompt) / max(1, tokens - 1)
+        found[str(batch)] = {"prompt_ms": 1e3 * prompt, "token_ms": 1e3 * token if token > 0 else None}
     return found
 
 

@@ -28,7 +28,7 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One cached piece of work: ``kind`` is prune, finetune, merge, evaluate or score; ``inputs`` by role.
+    """One cached piece of work: ``kind`` is prune, finetune, merge, store, evaluate or score; ``inputs`` by role.
 
     ``model`` is set on the stage that stands for a base model, whose ``key`` is the hash of its files.
     """

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparse_engine import pruners, registry
+from sparse_engine import pruners, registry, value_types
+from sparse_engine.checkpoint import storage
 from sparse_engine.errors import InputError
 from sparse_engine.evaluate.metrics import choose
 from sparse_engine.hf.loading import parse_dtype
@@ -23,12 +24,13 @@ __all__ = ["SPLITS", "Recipe", "Row", "Source", "Step", "load_recipe", "shipped_
 SPLITS = ("validation", "test")
 """Splits that a table has columns for."""
 
-_KINDS = ("prune", "finetune", "merge")
+_KINDS = ("prune", "finetune", "merge", "store")
 _EVALUATE = {"dtype": str, "backend": str} | dict.fromkeys(
     ("batch_size", "max_new_tokens", "max_text_tokens", "max_summary_tokens", "decode_tokens"), int
 )
 _CALIBRATION = {"source": str, "samples": int, "length": int, "prompts": bool, "seed": int}
 _SCORE = {"metrics": list, "bertscore_model": str, "bertscore_layers": int}
+_STORE = {"format": str, "values": str, "lm_head": str}
 _SOURCE = {"source": object, "limit": int, "text_column": str, "summary_column": str}
 _OPTIONAL = {"backend", "dtype", "length", "metrics", "bertscore_layers", "limit"}
 """Settings that may be left empty."""
@@ -48,7 +50,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One change of a model: ``kind`` is prune, finetune or merge."""
+    """One change of a model: ``kind`` is prune, finetune, merge, or store (a packed one in another form, or with quantised values)."""
 
     kind: str
     settings: dict[str, Any]
@@ -203,8 +205,13 @@ def _step(step: Any, what: str, defaults: dict[str, Any]) -> Step:
         extra = {key: settings.pop(key) for key in ("teacher", "dtype") if key in settings}
         parse_dtype(extra.get("dtype"))
         settings = FinetuneSettings.from_dict(defaults | settings).to_dict() | extra
-    else:
+    elif kind == "merge":
         _check_keys(settings, {"apply_mask"}, f"{what}, merge")
+    else:
+        _check_values(settings, _STORE, f"{what}, store")
+        storage.get(settings.get("format", "packed"))
+        if "values" in settings:
+            value_types.quantised(settings["values"])
     return Step(kind, settings)
 
 

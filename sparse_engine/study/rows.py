@@ -127,7 +127,8 @@ def _costs(result: Mapping[str, Any], dense: Mapping[str, Any] | None) -> dict[s
         line[f"token_ms_batch_{batch}"] = speed["token_ms"]
         line[f"prompt_ms_batch_{batch}"] = speed["prompt_ms"]
         reference = dense and dense["speed"].get(batch) if _comparable(result, dense) else None
-        line[f"speedup_batch_{batch}"] = reference["token_ms"] / speed["token_ms"] if reference else None
+        times = (reference["token_ms"] if reference else None, speed["token_ms"])
+        line[f"speedup_batch_{batch}"] = times[0] / times[1] if all(times) else None
     line["size_ratio"] = cost["disk_nbytes"] / dense["cost"]["disk_nbytes"] if dense else None
     for name, interval in _recoveries(result, dense).items():
         line |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}

@@ -47,6 +47,7 @@ class Stages:
             "prune": self._prune,
             "finetune": self._finetune,
             "merge": self._merge,
+            "store": self._store,
             "evaluate": self._evaluate,
             "score": self._score,
         }
@@ -178,6 +179,23 @@ class Stages:
         apply_mask = bool(stage.settings.get("apply_mask", False))
         report = merge(self.checkpoint(adapter), folder / CHECKPOINT, base=base, apply_mask=apply_mask, overwrite=True)
         return {"dropped": report.dropped}
+
+    def _store(self, stage: Stage, folder: Path) -> dict[str, Any]:
+        from sparse_engine.convert import convert
+
+        settings = stage.settings
+        report = convert(
+            self.checkpoint(stage.inputs["source"]),
+            folder / CHECKPOINT,
+            values=settings.get("values"),
+            head=settings.get("lm_head"),
+            output=settings.get("format", "packed"),
+            device=self.device,
+            resume=True,
+            overwrite=True,
+            track=self.track,
+        )
+        return {"layers": len(report.layers), "packed_linear_nbytes": report.packed_linear_nbytes}
 
     def _evaluate(self, stage: Stage, folder: Path) -> dict[str, Any]:
         from sparse_engine.evaluate.run import EvaluateSettings, generate, load_for_evaluation

@@ -29,12 +29,14 @@ from sparse_engine.evaluate.run import (
     GENERATION,
     SCORES,
     EvaluateSettings,
+    Loaded,
     generate,
     load_for_evaluation,
     perplexity_text,
     score,
     text_perplexity,
 )
+from sparse_engine.evaluate.speed import decode_speed
 from sparse_engine.evaluate.summarise import summarise
 from sparse_engine.pattern import SparsityPattern
 
@@ -277,6 +279,22 @@ def test_an_evaluation_folder_is_made_once(pairs: list[Pair], tmp_path: Path, en
     assert set(found["metrics"]) == {column for metric in all_metrics().values() for column in metric.columns}
     with pytest.raises(InputError, match="generate first"):
         score(tmp_path / "nothing")
+
+
+def test_a_tokens_time_is_never_below_zero(model, tokenizer, pairs: list[Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = Loaded(model, tokenizer, "dense", 0, MemoryMeter(CPU), "")
+
+    def measured(firsts: list[float], wholes: list[float]) -> tuple[float | None, int]:
+        times = {1: iter(firsts), 5: iter(wholes)}
+        monkeypatch.setattr("sparse_engine.evaluate.speed._timed", lambda model, prompts, tokens: next(times[tokens]))
+        found = decode_speed(loaded, pairs, EvaluateSettings(), 5, batches=(2,))["2"]
+        return found["token_ms"], len(firsts) - len(list(times[1]))
+
+    # The first round warms up, and the fastest of the others count.
+    assert measured([0.1] + [1.0] * 20, [9.0, 5.0, 3.0] + [7.0] * 18) == (pytest.approx(500.0), 6)
+    # A busy machine gets more rounds.
+    assert measured([2.0] * 21, [1.5] * 21) == (None, 21)
+    assert measured([2.0] * 8 + [1.0] * 13, [1.5] * 21) == (pytest.approx(125.0), 9)
 
 
 def test_perplexity_of_wikitext_is_over_windows_of_the_joined_test_rows(

@@ -280,6 +280,25 @@ def test_rows_run_apart_and_elsewhere_merge_into_one_report(recipe: Recipe, fini
     assert merged["recovered"]["speedup_batch_1"] > 0
 
 
+def test_a_row_may_be_stored_otherwise(recipe: Recipe, finished: Path, tmp_path: Path) -> None:
+    row = "\n  - {id: %s, model: tiny, start: recovered, steps: [store: %s]}"
+    added = row % ("int8", "{values: int8, lm_head: int8}") + row % ("masked", "{format: dense}")
+    (tmp_path / "more.yaml").write_text(RECIPE.rstrip() + added)
+    shutil.copytree(finished, tmp_path / "out")
+    run_study(load_recipe(str(tmp_path / "more.yaml")), tmp_path / "out", rows=["int8", "masked"])
+    lines = _lines(tmp_path / "out")
+    assert [lines[name]["engine"] for name in ("recovered", "int8", "masked")] == ["packed", "packed", "dense"]
+    assert lines["int8"]["size_mb"] < lines["recovered"]["size_mb"] < lines["masked"]["size_mb"]
+    assert lines["masked"]["nonzero"] == lines["recovered"]["nonzero"]
+    # The masked dense weights are the packed ones.
+    assert lines["masked"]["test_answer_ppl"] == pytest.approx(lines["recovered"]["test_answer_ppl"], rel=1e-4)
+    assert lines["int8"]["test_answer_ppl"] != lines["recovered"]["test_answer_ppl"]
+    for settings, message in (("{values: int3}", "int8"), ("{format: zip}", "zip"), ("{pattern: x}", "unknown key 'pattern'")):
+        (tmp_path / "bad.yaml").write_text(RECIPE.rstrip() + row % ("bad", settings))
+        with pytest.raises(InputError, match=message):
+            load_recipe(str(tmp_path / "bad.yaml"))
+
+
 def test_an_interrupted_stage_is_taken_up(recipe: Recipe, tmp_path: Path) -> None:
     class Stop(Exception):
         pass
