@@ -1,6 +1,6 @@
-"""The products of `sparse-engine bench` under pytest-benchmark, for a quick look at one kernel or one shape.
+"""The products of `sparse-engine bench` under pytest-benchmark: OPT's layers, activation rows, types and patterns; `-k` chooses.
 
-pytest bench/test_linear_decode.py --benchmark-only --benchmark-group-by=param:shape,param:rows -k "bf16"
+pytest bench/test_linear_decode.py --benchmark-only --benchmark-group-by=param:shape,param:rows -k "768x3072 and bf16"
 
 On a GPU each round is a replay of a CUDA graph of many products; `extra_info` holds their number.
 """
@@ -8,7 +8,7 @@ On a GPU each round is a replay of a CUDA graph of many products; `extra_info` h
 from __future__ import annotations
 
 import itertools
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import Any
 
 import pytest
@@ -16,24 +16,25 @@ import torch
 
 from sparse_engine import formats, native, registry
 from sparse_engine.bench import linear_cpu, linear_gpu
-from sparse_engine.bench.shapes import PATTERNS, random_packed
-from sparse_engine.bench.suite import DTYPES
+from sparse_engine.bench.shapes import HIDDEN, LAYERS, PATTERNS, random_packed, shape_of
+from sparse_engine.bench.suite import DTYPES, REGIMES
 from sparse_engine.bench.timing import Replay, copies_of
 from sparse_engine.bench.tune import TOLERANCE
 from sparse_engine.pattern import SparsityPattern
 from sparse_engine.policy import Policy
 
-SHAPES = [(768, 768), (768, 3072), (2048, 8192), (4096, 16384)]
+SHAPES = [shape_of(model, layer) for model in HIDDEN for layer in LAYERS]
 NO_NATIVE, NO_GPU = native.available(), linear_gpu.why_unavailable()
+# The shape varies slowest, so that no weight of another is held.
 over_shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
 
 
-@cache
+@lru_cache(len(DTYPES))
 def dense(shape: tuple[int, int], values: str) -> linear_cpu.Dense:
     return linear_cpu.Dense.random(shape, DTYPES[values])
 
 
-@cache
+@lru_cache(len(DTYPES) * len(PATTERNS))
 def sparse(shape: tuple[int, int], pattern: str, values: str) -> linear_cpu.Sparse:
     return linear_cpu.Sparse.random(shape, pattern, values)
 
@@ -41,7 +42,7 @@ def sparse(shape: tuple[int, int], pattern: str, values: str) -> linear_cpu.Spar
 @pytest.mark.skipif(NO_NATIVE is not None, reason=f"the native library cannot be used: it {NO_NATIVE}")
 @pytest.mark.parametrize("kernel", [*PATTERNS, "dense_torch", "dense_own", "dense_onednn"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("rows", REGIMES["decode"])
 @over_shapes
 def test_linear_decode(benchmark: Any, shape: tuple[int, int], rows: int, dtype: str, kernel: str) -> None:
     x = torch.randn(rows, shape[1]).to(DTYPES[dtype])
@@ -63,7 +64,7 @@ def test_linear_decode(benchmark: Any, shape: tuple[int, int], rows: int, dtype:
 @pytest.mark.skipif(NO_GPU is not None, reason=f"a GPU cannot be used: the bench {NO_GPU}")
 @pytest.mark.parametrize("kernel", [*PATTERNS, "dense"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("rows", [1, 16, 64])
+@pytest.mark.parametrize("rows", REGIMES["decode"])
 @over_shapes
 def test_linear_decode_gpu(benchmark: Any, shape: tuple[int, int], rows: int, dtype: str, kernel: str) -> None:
     device, values = torch.device("cuda"), DTYPES[dtype]
