@@ -102,7 +102,7 @@ def _jsonl_rows(path: Path) -> list[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.rstrip())
             except json.JSONDecodeError as error:
                 raise InputError(f"{path}, line {number} is not JSON: {error.msg} at column {error.colno}") from None
             if not isinstance(row, dict):
