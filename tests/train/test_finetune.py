@@ -216,6 +216,12 @@ def test_weights_that_the_last_update_broke_are_not_written(dense: Path, tmp_pat
     assert not list((tmp_path / "out.partial").glob("checkpoint-*"))
 
 
+def test_a_run_shorter_than_an_evaluation_is_validated_at_its_end(dense: Path, tmp_path: Path) -> None:
+    report = finetune(str(dense), tmp_path / "out", TRAIN, HELD_OUT, settings("full", epochs=0.25, batch_size=1))
+    assert (report.steps, report.best_step) == (2, 2)
+    assert report.validation_loss > 0
+
+
 def test_early_stopping_ends_a_run_that_only_gets_worse(dense: Path, tmp_path: Path) -> None:
     report = finetune(str(dense), tmp_path / "out", TRAIN, HELD_OUT, settings("full", learning_rate=0.5, epochs=20, patience=2))
     assert report.steps < 40
