@@ -182,7 +182,9 @@ def run_prefill(source: PrefillSource, tile: PrefillTile, call: Call, levels: Le
     mapped = y_vector and source.tensor_stores(tile)
     params = _Params(
         cuda.tensor_map(flat, (tile.tokens // tile.cluster, _X_BYTES // flat.element_size())),
-        cuda.tensor_map(y.view(call.m, rows), (source.leaving(tile) * _CHUNK_TOKENS, _X_BYTES // y.element_size())) if mapped else cuda.TensorMap(),
+        cuda.tensor_map(y.view(call.m, rows), (source.leaving(tile) * _CHUNK_TOKENS, _X_BYTES // y.element_size()))
+        if mapped
+        else cuda.TensorMap(),
         call.weight.data_ptr(),
         offsets,
         bias.data_ptr() if bias is not None else None,
