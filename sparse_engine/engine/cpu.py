@@ -26,6 +26,9 @@ __all__ = ["CpuRunner", "int8_head", "objection"]
 _TILE_BYTES = 8 << 20
 """Most bytes of a weight that are expanded at a time."""
 
+_ROWS = 32
+"""Rows of a bfloat16 product of prompts are filled up to multiples of this."""
+
 _CHUNK_TOKENS = 4096
 """Prompt tokens that pass at a time, which bounds the memory of the activations; a longer prompt passes alone."""
 
@@ -87,6 +90,9 @@ class _Product:
         self.bias = None if module.bias is None else module.bias.detach().to(dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.dtype is torch.bfloat16 and len(x) % _ROWS:
+            # torch keeps code for every number of rows that a bfloat16 product had, half a megabyte each.
+            return self(F.pad(x, (0, 0, 0, -len(x) % _ROWS)))[: len(x)]
         x = x.to(self.dtype)
         if self.weight is not None and self.weight.dtype is self.dtype:
             return F.linear(x, self.weight, self.bias)

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from sparse_engine import EngineOPTForCausalLM, SparseOPTForCausalLM
+from sparse_engine.engine.cpu import _Product
 from sparse_engine.engine.generation import VARIABLE
 from sparse_engine.engine.runner import runner_for
 from sparse_engine.errors import InputError
@@ -183,10 +185,31 @@ def test_leaves_to_transformers_what_it_has_not(model: Any, monkeypatch: pytest.
         with pytest.raises(InputError, match=reason):
             model.generate(**arguments)
     monkeypatch.setenv(VARIABLE, "auto")
-    model.generate(**inputs, max_new_tokens=3, num_beams=2, do_sample=False)  # another loop than the engine's
+    beams = {**inputs, "max_new_tokens": 3, "num_beams": 2, "do_sample": False}
+    model.generate(**beams)
+    assert model.generation_path == "transformers, since beam search is asked for"
+    looked_up = {"input_ids": inputs["input_ids"][:1], "prompt_lookup_num_tokens": 2, "max_new_tokens": 3, "do_sample": False}
+    model.generate(**looked_up)
+    assert model.generation_path == "transformers, since assisted decoding is asked for"
+    monkeypatch.setenv(VARIABLE, "engine")
+    for arguments in (beams, looked_up):
+        with pytest.raises(InputError, match=r"(beam search|assisted decoding) is asked for; .*=auto leaves it to transformers"):
+            model.generate(**arguments)
     monkeypatch.setenv(VARIABLE, "sometimes")
     with pytest.raises(InputError, match="use auto, engine or transformers"):
         model.generate(**inputs, max_new_tokens=3)
+
+
+def test_prompts_that_no_model_has(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for wanted in ("auto", "engine"):
+        monkeypatch.setenv(VARIABLE, wanted)
+        for shape in ((1, 0), (0, 3)):
+            with pytest.raises(InputError, match=r"there is no prompt: input_ids of shape \(\d, \d\) hold no token"):
+                model.generate(input_ids=torch.empty(*shape, dtype=torch.int64, device=model.device), max_new_tokens=3, do_sample=False)
+        for token in (-3, model.config.vocab_size):
+            ids = torch.tensor([[5, token]], device=model.device)
+            with pytest.raises(InputError, match=f"the prompt has the token {token}, and the model's are 0 to"):
+                model.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
 
 
 def test_positions_end_with_a_sentence(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,3 +320,21 @@ def test_memory_does_not_grow(tiny_opt: Path, monkeypatch: pytest.MonkeyPatch) -
             torch.cuda.synchronize()
             held.append(torch.cuda.memory_allocated())
     assert held[1] <= held[0]
+
+
+def test_prompts_of_all_lengths_are_products_of_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = torch.nn.Linear(24, 7, dtype=torch.bfloat16)
+    product, seen, linear = _Product(layer, torch.bfloat16), set(), F.linear
+
+    def noted(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.add(len(x))
+        return linear(x, *rest)
+
+    for rows in range(1, 100):
+        x = torch.randn(rows, 24)
+        with monkeypatch.context() as context:
+            context.setattr(F, "linear", noted)
+            got = product(x)
+        assert got.shape == (rows, 7)
+        torch.testing.assert_close(got, layer(x.bfloat16()), rtol=2e-2, atol=2e-2)
+    assert seen == {32, 64, 96, 128}
