@@ -48,6 +48,9 @@ def roles(names: Iterable[str]) -> list[str]:
         known = next((whole for start, whole in _WHOLE_OF.items() if name.startswith(start)), None)
         if known is not None:
             role = known
+        elif name.startswith("decode_row"):
+            norms += 1
+            role = "LayerNorm and qkv product" if norms % 2 else "LayerNorm, fc1 and fc2 products"
         elif name.startswith("layer_norm"):
             role, norms = "LayerNorm", norms + 1
         elif name == "head":

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparse_engine.backends.cuda_ahead import Ahead, take
 from sparse_engine.engine.kernels import launching
 from sparse_engine.errors import InputError
 
@@ -48,6 +49,7 @@ class _Params(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("qkv", "k_cache", "v_cache", "lengths", "out")),
         *((name, ctypes.c_int) for name in ("heads", "capacity")),
         ("scale", ctypes.c_float),
+        ("ahead", Ahead),
     )
 
 
@@ -124,7 +126,7 @@ def attention_decode(
         return
     here = launching.gpu(qkv.device.index)
     split = split or choose_split(batch, heads, size, qkv.element_size(), capacity, here.processors, here.hopper)
-    params = _Params(*(t.data_ptr() for t in (qkv, k_cache, v_cache, lengths, out)), heads, capacity, scale)
+    params = _Params(*(t.data_ptr() for t in (qkv, k_cache, v_cache, lengths, out)), heads, capacity, scale, take())
     launching.run(
         "attention_decode.cu",
         "attention_decode",
