@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from sparse_engine import formats, plan, registry
 from sparse_engine.errors import InputError
 from sparse_engine.formats.base import PackedWeight, stack
-from sparse_engine.norm import LayerNormWeights
 from sparse_engine.pattern import SparsityPattern
 from sparse_engine.policy import Policy
 from sparse_engine.value_types import PLAIN
@@ -143,11 +142,6 @@ class SparseLinear(nn.Module):
         """``forward``, then ReLU, then + ``residual`` (..., out_features), in the kernel's epilogue where it has one."""
         kernel, layout = self._chosen(x)
         return kernel.run_fused(x, layout, self.bias, self.pattern, relu=relu, residual=residual)
-
-    def normed(self, x: Tensor, norm: LayerNormWeights, *, relu: bool = False) -> Tensor | None:
-        """``fused`` of the LayerNorm of x in one kernel, or None where the layer's kernel for x has no such form."""
-        kernel, layout = self._chosen(x)
-        return kernel.run_normed(x, norm, layout, self.bias, self.pattern, relu=relu)
 
     def _chosen(self, x: Tensor) -> tuple[registry.Kernel, registry.Layout]:
         steps = self._plan

@@ -22,7 +22,6 @@ from sparse_engine.discovery import import_all
 from sparse_engine.errors import InputError, KernelUnavailableError
 from sparse_engine.formats.base import PackedWeight
 from sparse_engine.levels import TokenLevels
-from sparse_engine.norm import LayerNormWeights
 from sparse_engine.pattern import SparsityPattern
 from sparse_engine.policy import UNLIMITED, Policy
 from sparse_engine.tuning import Config
@@ -192,12 +191,6 @@ class Kernel(ABC):
         if relu:
             y = torch.relu(y)
         return y if residual is None else y + residual
-
-    def run_normed(
-        self, x: Tensor, norm: LayerNormWeights, layout: Layout, bias: Tensor | None, pattern: SparsityPattern, *, relu: bool = False
-    ) -> Tensor | None:
-        """:meth:`run_fused` of the LayerNorm of x in one kernel, or None where there is none for x and this layout."""
-        return None
 
     def levels_of(self, layout: Layout) -> torch.dtype | None:
         """The type of the 8-bit levels that the kernel makes of x, which :meth:`run_levels` takes ready made; None: it makes none."""

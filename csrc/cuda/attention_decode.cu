@@ -37,7 +37,7 @@ struct Params {
   void* out;          // (batch, heads, HEAD_SIZE)
   int heads, capacity;
   float scale; // of the scores
-  Ahead ahead;
+  Ahead ahead; // what the kernel behind this one reads
 };
 
 // Whether lane `in_group` of a group has a vector j.

@@ -23,7 +23,6 @@
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_nm(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) unsigned char smem[];
-  if (p.ahead.release) release_successor();
   Addends& add = addends(smem);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warp_row = warp % WARPS_ROW, warp_k = warp / WARPS_ROW;
   const int part = warp_k % PARTS;
@@ -49,18 +48,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_nm(cons
         values[rt][s] = load_weight(next[rt] + (s + 1) * 32 + lane, policy);
     }
   }
-  if (part == 0 && lane < p.ahead.own) {
-    const int ahead = unit + (lane + 1) * ROUND_UNITS;
-#pragma unroll
-    for (int rt = 0; rt < ROW_TILES; ++rt)
-      if (ahead < end) fetch_ahead(next[rt] + (lane + 1) * ROUND_UNITS * UNIT_VECTORS);
-  }
-  const bool asks = lane == 0 && p.ahead.first && (int)blockIdx.x >= p.ahead.from;
-  const int asking = ((int)blockIdx.x - p.ahead.from) * (WARPS_ROW * WARPS_K) + warp,
-            all_asking = ((int)gridDim.x - p.ahead.from) * (WARPS_ROW * WARPS_K);
-  if (asks && p.ahead.early) fetch_for_next(p.ahead, asking, all_asking);
   copy_bias(p, blockIdx.x, add);
-  if (!p.ahead.release) release_successor();
+  release_successor();
   clear_padding(smem, p);
   wait_predecessor();
   copy_residual(p, blockIdx.x, add);
@@ -151,7 +140,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_nm(cons
           positions[rt][i] = coming[rt][i];
     }
   }
-  if (asks && !p.ahead.early) fetch_for_next(p.ahead, asking, all_asking);
 #pragma unroll
   for (int rt = 0; rt < ROW_TILES; ++rt)
 #pragma unroll

@@ -13,6 +13,7 @@
 // Macros: those of decode_common.cuh, with one n-tile, row tile and warp along the rows; PATTERN 24 or 48; COLS, a multiple of 256; NORMED.
 #define X_PAD 0
 #include "decode_common.cuh"
+#include "ahead.cuh"
 #include "expand.cuh"
 #include "values.cuh"
 #include "warp.cuh"
@@ -26,6 +27,7 @@
 
 #define UNITS (COLS / UNIT)
 #define CHAINS 2
+#define UNIT_VECTORS (9 * 32)
 // Pieces of 256 columns that a warp normalises.
 #define PIECES ((UNITS + WARPS_K - 1) / WARPS_K)
 #define PLANE (WARPS_K * RED_PITCH)
@@ -38,9 +40,11 @@
 
 struct RowParams {
   Params product;     // m is 1; x is 16-byte aligned
-  const uint4* scale; // (COLS,) of the LayerNorm, as is
-  const uint4* shift;
+  const uint4* scale; // (COLS,) of the LayerNorm
+  const uint4* shift; // (COLS,)
   float eps;
+  int own;     // units of each warp, behind its first, that come as far as L2 while predecessors run
+  Ahead ahead; // what the kernel behind this one reads
 };
 
 __device__ __forceinline__ void copy_vector(u32 target, const uint4* source) {
@@ -49,6 +53,12 @@ __device__ __forceinline__ void copy_vector(u32 target, const uint4* source) {
 
 __device__ __forceinline__ void write_shared(u32 address, const uint4& v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+__device__ __forceinline__ void fetch_unit(const uint4* unit) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(unit), "n"(UNIT_VECTORS * 16) : "memory");
+#endif
 }
 
 #if NORMED
@@ -112,7 +122,6 @@ __device__ __forceinline__ void normalise(const RowParams& p, unsigned char* sme
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_row(const __grid_constant__ RowParams given) {
   extern __shared__ __align__(128) unsigned char smem[];
   const Params& p = given.product;
-  if (p.ahead.release) release_successor();
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, part = warp % PARTS, first = warp / PARTS;
   const int tiles = (p.rows + 15) / 16;
   const u64 policy = weight_policy();
@@ -153,15 +162,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_row(con
       }
   }
 #endif
-  if (part == 0 && lane < p.ahead.own) {
+  if (part == 0 && lane < given.own && first < UNITS) {
     const int rounds = (UNITS - first + ROUND_UNITS - 1) / ROUND_UNITS;
     const int tile = coming_tile + (lane + 1) / rounds * (int)gridDim.x, at = first + (lane + 1) % rounds * ROUND_UNITS;
-    if (first < UNITS && tile < tiles) fetch_ahead(p.weight + ((size_t)tile * UNITS + at) * UNIT_VECTORS);
+    if (tile < tiles) fetch_unit(p.weight + ((size_t)tile * UNITS + at) * UNIT_VECTORS);
   }
-  const bool asks = lane == 0 && p.ahead.first;
+  const bool asks = lane == 0 && given.ahead.first;
   const int asking = (int)blockIdx.x * WARPS_K + warp, all_asking = (int)gridDim.x * WARPS_K;
-  if (asks && p.ahead.early) fetch_for_next(p.ahead, asking, all_asking);
-  if (!p.ahead.release) release_successor();
+  if (asks && given.ahead.early) fetch_for_next(given.ahead, asking, all_asking);
+  release_successor();
   if (threadIdx.x < ZERO_BYTES / 16) ((uint4*)smem)[threadIdx.x] = make_uint4(0, 0, 0, 0);
 #if !NORMED
   __syncthreads();
@@ -238,7 +247,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_row(con
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       acc[0][0][0][i] += acc[1][0][0][i];
-    if (asks && !p.ahead.early && tile + (int)gridDim.x >= tiles) fetch_for_next(p.ahead, asking, all_asking);
+    if (asks && !given.ahead.early && tile + (int)gridDim.x >= tiles) fetch_for_next(given.ahead, asking, all_asking);
     float* red = sums + turn * PLANE;
     collect(red, p, acc[0]);
     __syncthreads();

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from sparse_engine import cuda
-from sparse_engine.backends.cuda_ahead import Ahead, take
 from sparse_engine.backends.cuda_sources import (
     MAX_ROWS,
     UNIT,
@@ -58,7 +57,6 @@ class Params(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "offsets", "x", "bias", "residual", "y")),
         *((name, ctypes.c_int) for name in ("m", "rows", "cols", "ldx", "units", "relu", "x_vector", "y_vector", "depth", "x_buffers")),
-        ("ahead", Ahead),
     )
 
 
@@ -206,7 +204,6 @@ def run_decode(
             y_vector,
             depth,
             x_buffers,
-            take() if m == 1 else Ahead(),
         )
         grid, described = source.grid(tile, rows, units, shared, here), None
         if isinstance(source, WarpgroupSource) and source.arranged:

@@ -16,11 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_engine import cuda
-from sparse_engine.backends import cuda_prefill, cuda_row
-from sparse_engine.backends.cuda_decode import UNIT, fragment_linear_fake, gpu, run_decode
+from sparse_engine.backends import cuda_prefill
+from sparse_engine.backends.cuda_decode import UNIT, fragment_linear_fake, run_decode
 from sparse_engine.backends.cuda_tiles import choose, compilations, configs, current_gpu, estimate_us, parse
 from sparse_engine.formats.base import PackedWeight
-from sparse_engine.norm import LayerNormWeights
 from sparse_engine.ops import define_linear
 from sparse_engine.pattern import SparsityPattern
 from sparse_engine.registry import Config, Kernel, Layout, Problem, register
@@ -184,17 +183,6 @@ class CudaNMKernel(Kernel):
     ) -> Tensor:
         rows, columns, _ = layout["extent"].shape
         return _op(x, layout["weight"], bias, residual, rows, columns, pattern.group[1], relu)
-
-    def run_normed(
-        self, x: Tensor, norm: LayerNormWeights, layout: Layout, bias: Tensor | None, pattern: SparsityPattern, *, relu: bool = False
-    ) -> Tensor | None:
-        rows, columns, _ = layout["extent"].shape
-        if x.numel() != columns:
-            return None
-        chosen = _CHOOSERS[pattern.group[1]](x.dtype, rows, columns, 1, gpu(x.device.index))
-        if columns > cuda_row.WIDEST or cuda_row.objection(*chosen, columns) is not None:
-            return None
-        return cuda_row.row_linear(chosen, x, norm, layout["weight"], bias, None, rows, columns, relu)
 
     def rows_of(self, layout: Layout, begin: int, end: int) -> Layout | None:
         if begin % 16 or (end % 16 and end != layout["extent"].shape[0]):

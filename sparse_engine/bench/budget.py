@@ -29,6 +29,7 @@ _WHOLE_OF = {
 }
 """What kernels do that do the same wherever they stand."""
 
+_FIRST = "LayerNorm and fc1 product"
 _STEPS = 20
 
 
@@ -49,8 +50,12 @@ def roles(names: Iterable[str]) -> list[str]:
         if known is not None:
             role = known
         elif name.startswith("decode_row"):
-            norms += 1
-            role = "LayerNorm and qkv product" if norms % 2 else "LayerNorm, fc1 and fc2 products"
+            # With a LayerNorm behind a product onto the state, without one behind attention and behind the first half of the network.
+            if role not in ("attention", _FIRST):
+                norms += 1
+                role = "LayerNorm and qkv product" if norms % 2 else _FIRST
+            else:
+                role = "out product" if role == "attention" else "fc2 product"
         elif name.startswith("layer_norm"):
             role, norms = "LayerNorm", norms + 1
         elif name == "head":

@@ -13,7 +13,6 @@ from sparse_engine import value_types
 from sparse_engine.engine.kernels.head import head_row, suits
 from sparse_engine.engine.kernels.int8 import int8_linear
 from sparse_engine.linear import SparseLinear
-from sparse_engine.norm import LayerNormWeights
 
 __all__ = ["DenseProduct", "HeadProduct", "Int8Product", "PackedProduct", "Product", "SideBySide", "int8_head", "product", "stacked"]
 
@@ -23,10 +22,6 @@ class Product(ABC):
 
     @abstractmethod
     def __call__(self, x: Tensor, *, relu: bool = False) -> Tensor: ...
-
-    def normed(self, x: Tensor, norm: LayerNormWeights, *, relu: bool = False) -> Tensor | None:
-        """The product of the LayerNorm of x in one kernel, or None where there is no such kernel for x."""
-        return None
 
     def onto(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """``residual`` + y as (sum, None), or (``residual``, y) where adding them is left to the LayerNorm that follows."""
@@ -40,9 +35,6 @@ class PackedProduct(Product):
 
     def __call__(self, x: Tensor, *, relu: bool = False) -> Tensor:
         return self.module.fused(x, relu=relu)
-
-    def normed(self, x: Tensor, norm: LayerNormWeights, *, relu: bool = False) -> Tensor | None:
-        return self.module.normed(x, norm, relu=relu)
 
     def onto(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.module.fused(x, residual=residual), None

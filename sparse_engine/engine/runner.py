@@ -18,7 +18,6 @@ from sparse_engine.engine.choice import Choice
 from sparse_engine.engine.kernels import DecodeState, Embedding, attention_decode, embed, layer_norm
 from sparse_engine.engine.kernels.embed import POSITION_OFFSET
 from sparse_engine.engine.prefill import prefill
-from sparse_engine.engine.product import Product
 from sparse_engine.engine.weights import DecoderWeights, LayerNormWeights, fingerprint, plans, why_not
 from sparse_engine.errors import InputError
 
@@ -129,19 +128,15 @@ class Runner:
         scale = w.head_size**-0.5
         pending: Tensor | None = None
         for layer, keys, values in zip(w.layers, cache.k, cache.v, strict=True):
+            x = h
+            if w.norm_first:
+                h, x = self._norm(layer.attention_norm, h, pending)
             attended = self._empty(batch, w.hidden)
-            if w.norm_first:
-                h, qkv = self._normed(layer.attention_norm, layer.qkv, h, pending)
-            else:
-                qkv = layer.qkv(h)
-            attention_decode(qkv, keys, values, state.lengths, attended, scale)
+            attention_decode(layer.qkv(x), keys, values, state.lengths, attended, scale)
             h, pending = layer.out.onto(h, attended)
-            if w.norm_first:
-                h, middle = self._normed(layer.ffn_norm, layer.fc1, h, pending, relu=True)
-            else:
-                _, h = self._norm(layer.attention_norm, h, pending)
-                middle = layer.fc1(h, relu=True)
-            h, pending = layer.fc2.onto(h, middle)
+            h_normed, x = self._norm(layer.attention_norm if not w.norm_first else layer.ffn_norm, h, pending)
+            h = h_normed if w.norm_first else x
+            h, pending = layer.fc2.onto(h, layer.fc1(x, relu=True))
             if not w.norm_first:
                 _, h = self._norm(layer.ffn_norm, h, pending)
                 pending = None
@@ -156,15 +151,6 @@ class Runner:
     def step(self, cache: Cache, choice: Choice) -> None:
         """One token for every row that goes on, chosen on the device, without waiting for it."""
         choice.take(self.logits(cache), cache.state)
-
-    def _normed(
-        self, norm: LayerNormWeights, product: Product, h: Tensor, pending: Tensor | None, *, relu: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """(h + pending, the product of its LayerNorm), in one kernel where there is one."""
-        if pending is None and (y := product.normed(h, norm, relu=relu)) is not None:
-            return h, y
-        h, x = self._norm(norm, h, pending)
-        return h, product(x, relu=relu)
 
     def _norm(self, weights: LayerNormWeights, h: Tensor, pending: Tensor | None) -> tuple[Tensor, Tensor]:
         """(h + pending, its LayerNorm)."""

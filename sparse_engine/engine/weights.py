@@ -10,11 +10,23 @@ from torch import Tensor, nn
 from sparse_engine.engine.product import HeadProduct, Int8Product, Product, product, stacked
 from sparse_engine.errors import InputError
 from sparse_engine.linear import SparseLinear
-from sparse_engine.norm import LayerNormWeights
 
 __all__ = ["DecoderLayer", "DecoderWeights", "LayerNormWeights", "fingerprint", "plans", "why_not"]
 
 _LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNormWeights:
+    """weight and bias (H,), and eps."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, module: nn.LayerNorm) -> LayerNormWeights:
+        return cls(module.weight.detach(), module.bias.detach(), module.eps)
 
 
 @dataclass(frozen=True, slots=True)

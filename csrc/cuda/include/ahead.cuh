@@ -2,6 +2,7 @@
 // waits for it (sm_90 and newer; elsewhere nothing).
 #pragma once
 
+// Bytes of one request.
 #define AHEAD_PIECE 4096
 
 // `rows` stretches of memory of `bytes` each, `stride` bytes apart; where `length` is given, of so many times `bytes`. All are multiples
@@ -9,13 +10,10 @@
 struct Ahead {
   const unsigned char* first;  // null: nothing
   const unsigned char* second; // of the same shape, or null
-  const int* length;
+  const int* length;           // what the last step left serves: a hint may be short
   long long stride;
   int rows, bytes;
-  int early;   // as soon as the kernel's own first loads are on their way, else behind the last of them
-  int from;    // the first block along x that takes part
-  int own;     // units of each warp
-  int release; // successors first of all
+  int early; // as soon as the kernel's own first loads are on their way, else behind the last of them
 };
 
 // One thread of each of `count` calls it, `index` being which.

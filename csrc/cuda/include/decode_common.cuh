@@ -19,7 +19,6 @@
 //   The k-warps' sums meet in shared memory, those of a cluster's blocks in distributed shared memory.
 #pragma once
 
-#include "ahead.cuh"
 #include "cluster.cuh"
 #include "dependent.cuh"
 #include "fragments.cuh"
@@ -59,7 +58,6 @@ struct Params {
   int y_vector;  // y, bias and residual are 8-byte aligned and rows is a multiple of 4
   int depth;     // words of the deepest unit
   int x_buffers; // of decode_unstructured, in shared memory: two, or one for every round of a row group
-  Ahead ahead;   // of decode_nm and decode_normed
 };
 
 // A lane's positions for its part of a unit: 16 / PARTS bytes.
@@ -72,16 +70,6 @@ __device__ __forceinline__ void load_positions(const uint4* p, u32 (&v)[4 / PART
   asm volatile("ld.global.nc.L2::cache_hint.v2.u32 {%0, %1}, [%2], %3;" : "=r"(v[0]), "=r"(v[1]) : "l"(p), "l"(policy));
 #else
   asm volatile("ld.global.nc.L2::cache_hint.u32 %0, [%1], %2;" : "=r"(v[0]) : "l"(p), "l"(policy));
-#endif
-}
-
-// A unit of 16 rows by 256 columns of a 2:4 or 4:8 weight in fragment order.
-#define UNIT_VECTORS (9 * 32)
-
-// What a warp will read later comes as far as L2.
-__device__ __forceinline__ void fetch_ahead(const uint4* unit) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(unit), "n"(UNIT_VECTORS * 16) : "memory");
 #endif
 }
 
