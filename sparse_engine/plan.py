@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from sparse_engine import registry
 from sparse_engine.formats.base import PackedWeight
 from sparse_engine.policy import UNLIMITED, Policy
-from sparse_engine.registry import DENSE_GAIN, ESTIMATE, Kernel, Problem, Verdict
+from sparse_engine.registry import DECODE_ROWS, ESTIMATE, PROMPT_GAIN, Kernel, Problem, Verdict, dense_gain
 
 __all__ = ["SLACK", "Step", "fewest_layouts", "held_nbytes", "kernels_for"]
 
 SLACK = 1.04
 """A kernel within this factor of the fastest is as good as the fastest: measured times scatter as much from run to run, and a layout more
-is the layer's bytes once more."""
+is the layer's bytes once more. For more rows than a decode step has, the factor is :data:`registry.PROMPT_GAIN`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ def kernels_for(problem: Problem, backend: str | None = None, policy: Policy = U
             name = registry.select(asked, backend, policy).name
             table.append({name: next(v for v in verdicts if v.kernel == name)})
         else:
-            table.append(_as_good(verdicts))
+            table.append(_as_good(verdicts, rows))
     in_place = {name for name, kernel in kernels.items() if kernel.in_place}
     names = fewest_layouts([{name: _time(v) for name, v in row.items()} for row in table], in_place)
     return [Step(rows, kernels[name], row[name]) for rows, name, row in zip(registry.ROW_BUCKETS, names, table, strict=True)]
@@ -53,16 +53,16 @@ def _time(verdict: Verdict) -> float:
     return verdict.cost if verdict.cost is not None else 0.0
 
 
-def _as_good(verdicts: Sequence[Verdict]) -> dict[str, Verdict]:
+def _as_good(verdicts: Sequence[Verdict], rows: int) -> dict[str, Verdict]:
     """The able kernels that may stand in for the chosen one, which is first; an estimate is no rival for a measured time.
 
     None of them is slower than the dense product by more than the chosen one may be.
     """
     best = verdicts[0]
-    limit = SLACK * _time(best)
+    limit = (SLACK if rows <= DECODE_ROWS else PROMPT_GAIN) * _time(best)
     dense = [_time(v) for v in verdicts if registry.get(v.kernel).keeps_dense and v.source not in (None, ESTIMATE)]
     if dense:
-        limit = min(limit, max(_time(best), DENSE_GAIN * min(dense)))
+        limit = min(limit, max(_time(best), dense_gain(rows) * min(dense)))
     return {v.kernel: v for v in verdicts if v.reason is None and (v.source == ESTIMATE) == (best.source == ESTIMATE) and _time(v) <= limit}
 
 

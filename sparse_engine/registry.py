@@ -28,8 +28,10 @@ from sparse_engine.tuning import Config
 from sparse_engine.value_types import PLAIN
 
 __all__ = [
+    "DECODE_ROWS",
     "DENSE_GAIN",
     "ESTIMATE",
+    "PROMPT_GAIN",
     "ROW_BUCKETS",
     "Config",
     "Kernel",
@@ -37,6 +39,7 @@ __all__ = [
     "Problem",
     "Verdict",
     "all_kernels",
+    "dense_gain",
     "explain",
     "get",
     "register",
@@ -48,6 +51,13 @@ ESTIMATE = "estimate"
 
 DENSE_GAIN = 1.02
 """A dense copy must be faster than the best packed kernel by more than this factor."""
+
+PROMPT_GAIN = 1.15
+"""The same for more rows than a decode step has: a prompt is read once, and a weight that lies in memory twice for it is no smaller than
+the dense one."""
+
+DECODE_ROWS = 128
+"""Most rows of a decode step."""
 
 Layout = Mapping[str, Tensor]
 """Tensors in the form that a kernel reads; for an in-place kernel the packed tensors themselves."""
@@ -304,16 +314,22 @@ def explain(problem: Problem, policy: Policy = UNLIMITED) -> list[Verdict]:
     able.sort(key=lambda verdict: (verdict.source == ESTIMATE, verdict.cost, verdict.kernel))
     packed = next((verdict for verdict in able if not kernels[verdict.kernel].keeps_dense), None)
     for verdict in [verdict for verdict in able if kernels[verdict.kernel].keeps_dense]:
-        if reason := policy.forbids(problem) or _no_gain(verdict, packed):
+        if reason := policy.forbids(problem) or _no_gain(verdict, packed, problem.rows):
             able.remove(verdict)
             rejected.append(replace(verdict, reason=reason))
     return [replace(verdict, chosen=i == 0) for i, verdict in enumerate(able)] + rejected
 
 
-def _no_gain(dense: Verdict, packed: Verdict | None) -> str | None:
+def dense_gain(rows: int) -> float:
+    """The factor by which a dense copy must be faster than the best packed kernel at ``rows`` activation rows."""
+    return DENSE_GAIN if rows <= DECODE_ROWS else PROMPT_GAIN
+
+
+def _no_gain(dense: Verdict, packed: Verdict | None, rows: int) -> str | None:
     if dense.source == ESTIMATE:
         return "keeps a dense copy, and was not measured for this product"
     assert dense.cost is not None
-    if packed is not None and packed.cost is not None and packed.cost <= DENSE_GAIN * dense.cost:
-        return f"keeps a dense copy, and is not more than {DENSE_GAIN - 1:.0%} faster than {packed.kernel}"
+    gain = dense_gain(rows)
+    if packed is not None and packed.cost is not None and packed.cost <= gain * dense.cost:
+        return f"keeps a dense copy, and is not more than {gain - 1:.0%} faster than {packed.kernel}"
     return None

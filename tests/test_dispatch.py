@@ -213,6 +213,17 @@ def test_a_saved_layout_costs_nothing_against_dense() -> None:
 
 
 @pytest.mark.usefixtures("table")
+def test_prompts_alone_must_gain_more_from_a_layout_of_their_own() -> None:
+    for rows in ROW_BUCKETS:
+        measure(rows, packed=10.0, other=30.0, dense=20.0)
+    for kernel in ("dense", "other"):
+        measure(256, packed=11.4, **{"dense": 20.0, "other": 30.0} | {kernel: 10.0})
+        assert {step.kernel.name for step in kernels_for(PROBLEM)} == {"packed"}
+        measure(256, packed=11.6)
+        assert [step.kernel.name for step in kernels_for(PROBLEM) if step.rows == 256] == [kernel]
+
+
+@pytest.mark.usefixtures("table")
 def test_an_estimate_stands_in_for_no_measured_time() -> None:
     measure(1, packed=10.1)
     steps = kernels_for(PROBLEM)

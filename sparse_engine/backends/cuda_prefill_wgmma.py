@@ -233,7 +233,7 @@ class WgmmaForm(Form):
 
     Attributes:
         source: the kernel.
-        tiles: what tuning measures, a dozen at most.
+        tiles: what tuning measures, some fifteen at most.
     """
 
     source: ClassVar[PrefillSource]

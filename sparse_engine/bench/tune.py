@@ -217,8 +217,10 @@ class _Weight:
             self.copies(kernel)
             # A library's own search may take all that is left: the others have their even share of the whole nevertheless.
             begun, share = time.perf_counter(), max(left / (len(kernels) - i), seconds / len(kernels))
-            for config in self._ordered(kernel, problem, bucket.rows):
-                if time.perf_counter() - begun > share and any(c.kernel is kernel for c in tried):
+            configs, likely = list(kernel.configs(problem)), self._likely(kernel, problem, bucket.rows)
+            for config in dict.fromkeys([config for config in likely if config in configs] + configs):
+                # What a library's search found took the share, and is not passed over for that.
+                if time.perf_counter() - begun > share and config not in likely and any(c.kernel is kernel for c in tried):
                     break
                 self._try(kernel, config, bucket.rows, pool, tried, wrong)
             left = max(0.0, left - (time.perf_counter() - begun))
@@ -226,15 +228,12 @@ class _Weight:
         self.last_best = {name: measured.config for name, measured in settled.items()}
         return settled, wrong
 
-    def _ordered(self, kernel: Kernel, problem: Problem, rows: int) -> list[Config]:
-        """The likely ones first, should the time run out.
-
-        They are the best for the last number of rows, the one that dispatch has now, and what a library's search finds.
-        """
-        configs = list(kernel.configs(problem))
+    def _likely(self, kernel: Kernel, problem: Problem, rows: int) -> list[Config]:
+        """What is tried first, and whatever the time: the best for the last number of rows, the one that dispatch has now, and what a
+        library's search finds."""
         last = self.last_best.get(kernel.name)
-        likely = [config for config in (last, *_held(kernel, problem, configs), *self._suggested(kernel, rows)) if config in configs]
-        return list(dict.fromkeys(likely + configs))
+        found = [*_held(kernel, problem, kernel.configs(problem)), *self._suggested(kernel, rows)]
+        return found if last is None else [last, *found]
 
     def _suggested(self, kernel: Kernel, rows: int) -> Sequence[Config]:
         try:

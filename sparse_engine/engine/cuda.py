@@ -35,18 +35,18 @@ VARIABLE = "SPARSE_ENGINE_STEP"
 """Environment variable: "auto" (default), "kernels" (none of these), or "rows", "half-layers" or "one-kernel", which refuse a model that
 has no such step."""
 
-_FASTER: dict[int, tuple[int, ...]] = {4: (5120,), 8: ()}
-"""By the pattern's group, widths of models whose step in one kernel was faster than its kernels one by one.
+_FASTER: dict[int, tuple[int, ...]] = {4: (), 8: ()}
+"""By the pattern's group, widths of models whose step in one kernel was faster than its kernels one by one: none so far.
 
-In ms behind a prompt of 512 tokens, on an H100: 5.79 and 5.97 (13B, 2:4); not faster were 0.214 and 0.201 (125M, 2:4), 0.276 and 0.250
-(125M, 4:8), 3.12 and 3.07 (6.7B, 2:4), 3.4 and 3.26 (6.7B, 4:8), nor on an H200 0.627 and 0.623 (1.3B, 2:4), 0.783 and 0.695 (1.3B, 4:8).
-Others were not measured.
+In ms behind a prompt of 512 tokens, in one kernel and one by one: on an H200 0.627 and 0.623 (1.3B, 2:4), 0.783 and 0.695 (1.3B, 4:8),
+5.48 and 3.90 (13B, 2:4); on an H100 0.214 and 0.201 (125M, 2:4), 0.276 and 0.250 (125M, 4:8), 3.12 and 3.07 (6.7B, 2:4), 3.4 and 3.26
+(6.7B, 4:8).
 """
 
-_FASTER_HALVES: dict[int, tuple[int, ...]] = {4: (768,), 8: ()}
+_FASTER_HALVES: dict[int, tuple[int, ...]] = {4: (768,), 8: (768,)}
 """By the pattern's group, widths of models whose layers in two kernels each were faster than the other forms on an H200.
 
-In µs of a step, 2:4: 137 and 162 (125M); not faster were 696 and 623 (1.3B). 4:8 was not measured.
+In µs of a step: 137 and 162 (125M, 2:4), 170 and 246 (125M, 4:8); not faster were 696 and 623 (1.3B, 2:4).
 """
 
 KEPT_CACHES = 2
