@@ -37,7 +37,7 @@ struct Params {
   void* out;          // (batch, heads, HEAD_SIZE)
   int heads, capacity;
   float scale; // of the scores
-  Ahead ahead; // what the kernel behind this one reads
+  Ahead ahead; // of the kernel behind this one
 };
 
 // Whether lane `in_group` of a group has a vector j.
@@ -152,8 +152,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_deco
         prefetch(k_at + u * STEP * ROW_VECTORS + j * LANES);
         prefetch(v_at + u * STEP * ROW_VECTORS + j * LANES);
       }
-  if (p.ahead.first && lane == 0)
-    fetch_for_next(p.ahead, ((int)blockIdx.x * parts + (int)blockIdx.y) * WARPS + warp, (int)gridDim.x * parts * WARPS);
+  if (lane == 0) fetch_for_next(p.ahead, ((int)blockIdx.x * parts + (int)blockIdx.y) * WARPS + warp, (int)gridDim.x * parts * WARPS);
   wait_predecessor();
 
   const int now = load_length(p.lengths + row);

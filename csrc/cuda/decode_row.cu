@@ -43,8 +43,7 @@ struct RowParams {
   const uint4* scale; // (COLS,) of the LayerNorm
   const uint4* shift; // (COLS,)
   float eps;
-  int own;     // units of each warp, behind its first, that come as far as L2 while predecessors run
-  Ahead ahead; // what the kernel behind this one reads
+  Ahead ahead; // of the kernel behind this one
 };
 
 __device__ __forceinline__ void copy_vector(u32 target, const uint4* source) {
@@ -53,12 +52,6 @@ __device__ __forceinline__ void copy_vector(u32 target, const uint4* source) {
 
 __device__ __forceinline__ void write_shared(u32 address, const uint4& v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-}
-
-__device__ __forceinline__ void fetch_unit(const uint4* unit) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(unit), "n"(UNIT_VECTORS * 16) : "memory");
-#endif
 }
 
 #if NORMED
@@ -121,6 +114,7 @@ __device__ __forceinline__ void normalise(const RowParams& p, unsigned char* sme
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_row(const __grid_constant__ RowParams given) {
   extern __shared__ __align__(128) unsigned char smem[];
+  release_successor();
   const Params& p = given.product;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, part = warp % PARTS, first = warp / PARTS;
   const int tiles = (p.rows + 15) / 16;
@@ -162,15 +156,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_row(con
       }
   }
 #endif
-  if (part == 0 && lane < given.own && first < UNITS) {
-    const int rounds = (UNITS - first + ROUND_UNITS - 1) / ROUND_UNITS;
-    const int tile = coming_tile + (lane + 1) / rounds * (int)gridDim.x, at = first + (lane + 1) % rounds * ROUND_UNITS;
-    if (tile < tiles) fetch_unit(p.weight + ((size_t)tile * UNITS + at) * UNIT_VECTORS);
-  }
-  const bool asks = lane == 0 && given.ahead.first;
-  const int asking = (int)blockIdx.x * WARPS_K + warp, all_asking = (int)gridDim.x * WARPS_K;
-  if (asks && given.ahead.early) fetch_for_next(given.ahead, asking, all_asking);
-  release_successor();
+  if (lane == 0) fetch_for_next(given.ahead, (int)blockIdx.x * WARPS_K + warp, (int)gridDim.x * WARPS_K);
   if (threadIdx.x < ZERO_BYTES / 16) ((uint4*)smem)[threadIdx.x] = make_uint4(0, 0, 0, 0);
 #if !NORMED
   __syncthreads();
@@ -247,7 +233,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_row(con
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       acc[0][0][0][i] += acc[1][0][0][i];
-    if (asks && !given.ahead.early && tile + (int)gridDim.x >= tiles) fetch_for_next(given.ahead, asking, all_asking);
     float* red = sums + turn * PLANE;
     collect(red, p, acc[0]);
     __syncthreads();

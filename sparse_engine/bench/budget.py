@@ -50,7 +50,7 @@ def roles(names: Iterable[str]) -> list[str]:
         if known is not None:
             role = known
         elif name.startswith("decode_row"):
-            # With a LayerNorm behind a product onto the state, without one behind attention and behind the first half of the network.
+            # With a LayerNorm behind a product onto the state, without one behind attention and behind the network's first product.
             if role not in ("attention", _FIRST):
                 norms += 1
                 role = "LayerNorm and qkv product" if norms % 2 else _FIRST
@@ -64,6 +64,8 @@ def roles(names: Iterable[str]) -> list[str]:
             role = "qkv product" if norms % 2 else "fc1 and fc2 products"
         elif role == "attention":
             role = "out product"
+        elif role == _FIRST:
+            role = "fc2 product"
         found.append(role)
     # Behind the last layer stands one LayerNorm more, and then the head.
     if norms % 2 and "choice of the token" in found and "head" not in found:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from sparse_engine.engine.kernels.row_layers import RowLayers, Widths
 from sparse_engine.engine.packed_layers import packed_layers
-from sparse_engine.engine.product import DenseProduct
 from sparse_engine.engine.weights import DecoderWeights
 from sparse_engine.errors import InputError
 
@@ -16,9 +15,8 @@ def row_layers(weights: DecoderWeights) -> RowLayers | str:
     packed = packed_layers(weights)
     if isinstance(packed, str):
         return packed
-    head = weights.head.weight if isinstance(weights.head, DenseProduct) else None
     widths = Widths(weights.hidden, packed.ffn, weights.head_size, packed.group)
     try:
-        return RowLayers(packed.layers, (packed.final_scale, packed.final_shift), packed.epsilon, widths, head)
+        return RowLayers(packed.layers, (packed.final_scale, packed.final_shift), packed.epsilon, widths)
     except InputError as error:
         return f"has {error}"

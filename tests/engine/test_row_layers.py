@@ -15,14 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_engine import cuda, formats
-from sparse_engine.backends.cuda_decode import gpu
 from sparse_engine.backends.cuda_nm import to_fragments
 from sparse_engine.backends.cuda_sources import Tile
 from sparse_engine.engine.cuda import VARIABLE as STEP
 from sparse_engine.engine.generation import VARIABLE
 from sparse_engine.engine.kernels import layer_norm
-from sparse_engine.engine.kernels.ahead import Ahead, ahead_of_cache, ahead_of_weight
-from sparse_engine.engine.kernels.row_layers import RowLayers
+from sparse_engine.engine.kernels.ahead import Ahead, ahead_of
+from sparse_engine.engine.kernels.row_layers import RowLayers, Widths, row_products
 from sparse_engine.engine.kernels.row_product import RowNorm, RowProduct
 from sparse_engine.engine.kernels.row_product import _Params as RowParams
 from sparse_engine.engine.rows import row_layers
@@ -32,6 +31,7 @@ from sparse_engine.errors import InputError
 from sparse_engine.pattern import SparsityPattern
 
 GROUPS = {"2:4": 4, "4:8": 8}
+USUAL = Tile(1, 1, 1, 8, min_blocks=3)
 
 
 @pytest.fixture(autouse=True)
@@ -39,18 +39,31 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(STEP, "rows")
 
 
+WIDTHS = (768, 2048, 2560, 4096, 5120, 7168)
+
+
+def products(hidden: int, group: int = 4) -> dict[str, RowProduct]:
+    return row_products(Widths(hidden, 4 * hidden, 64, group), torch.bfloat16, H200)
+
+
 @pytest.mark.parametrize("group", [4, 8])
-@pytest.mark.parametrize(("shape", "normed"), [((768, 768), True), ((12288, 4096), True), ((5120, 20480), False), ((2048, 8192), False)])
-def test_the_kernel_compiles_and_its_blocks_fit(shape: tuple[int, int], normed: bool, group: int, tmp_path: Path) -> None:
-    product = RowProduct.of(*shape, group, torch.bfloat16, normed, H200)
-    log = nvcc("90a", "decode_row.cu", product.macros(), tmp_path)
-    # Of the row that is normalised a warp of few keeps much at once.
-    assert max(int(count) for count in re.findall(r"(\d+) bytes spill stores", log)) <= 64
-    assert product.tile.min_blocks * (product.shared_bytes() + 1024) <= H200.shared_limit + 1024
+@pytest.mark.parametrize("hidden", WIDTHS)
+def test_the_kernels_compile_without_spills_and_their_blocks_fit(hidden: int, group: int, tmp_path: Path) -> None:
+    for product in products(hidden, group).values():
+        assert product.tile.min_blocks * (product.shared_bytes() + 1024) <= H200.shared_limit + 1024
+        log = nvcc("90a", product.file, product.macros(), tmp_path)
+        assert max(int(count) for count in re.findall(r"(\d+) bytes spill stores", log)) == 0
 
 
 def test_the_kernel_compiles_for_ampere(tmp_path: Path) -> None:
-    nvcc("80", "decode_row.cu", RowProduct.of(768, 768, 4, torch.float16, True, H200).macros(), tmp_path)
+    nvcc("80", "decode_row.cu", products(768)["fc1"].macros(), tmp_path)
+
+
+def test_products_of_long_rows_take_them_unit_by_unit() -> None:
+    for hidden in WIDTHS:
+        files = {name: product.file for name, product in products(hidden).items()}
+        long = "decode_nm.cu" if hidden >= 4096 else "decode_row.cu"
+        assert files == {"qkv": "decode_row.cu", "out": long, "fc1": "decode_row.cu", "fc2": long}
 
 
 @pytest.mark.parametrize(("source", "struct", "fields"), [("decode_row.cu", "RowParams", RowParams), ("include/ahead.cuh", "Ahead", Ahead)])
@@ -62,18 +75,17 @@ def test_parameters_match_the_source(source: str, struct: str, fields: Any) -> N
     assert declared == [name for name, *_ in fields._fields_]
 
 
-def test_what_is_asked_for_lies_inside_its_tensors() -> None:
-    weight, caches, lengths = torch.zeros(1000, dtype=torch.bfloat16), torch.zeros(1, 3, 40, 64), torch.ones(1, dtype=torch.int32)
-    assert [ahead_of_weight(weight, most, early=True).bytes for most in (0, 15, 100, 1 << 30)] == [0, 0, 96, 2000]
-    asked = ahead_of_cache(caches, caches, lengths, early=False)
-    assert (asked.rows, asked.stride, asked.bytes, asked.early) == (3, 40 * 64 * 4, 64 * 4, 0)
+def test_what_is_asked_for_lies_inside_its_tensor() -> None:
+    weight = torch.zeros(1000, dtype=torch.bfloat16)
+    assert [ahead_of(weight, most).bytes for most in (0, 15, 100, 1 << 30)] == [0, 0, 96, 2000]
 
 
-def test_widths_that_it_does_not_take() -> None:
-    for rows, columns, normed in ((768, 320, False), (768, 9216, True)):
+def test_forms_that_it_does_not_have() -> None:
+    for columns, normed in ((320, False), (9216, True)):
         with pytest.raises(InputError, match="multiples of 256"):
-            RowProduct.of(rows, columns, 4, torch.bfloat16, normed, H200)
-    assert RowProduct.of(9216, 36864, 4, torch.bfloat16, False, H200).blocks(H200) <= 132 * 8
+            RowProduct(768, columns, 4, torch.bfloat16, USUAL, normed)
+    with pytest.raises(InputError, match="unit by unit"):
+        RowProduct(768, 768, 4, torch.bfloat16, USUAL, normed=True, by_unit=True)
 
 
 def drawn(*shape: int, dtype: torch.dtype, seed: int, spread: float = 1.0) -> Tensor:
@@ -107,14 +119,18 @@ def test_against_float64(columns: int, tile: Tile, pattern: str, dtype: torch.dt
         normed = torch.empty_like(x)
         layer_norm(x, norm.scale, norm.shift, eps, normed)
         exact = F.layer_norm(x.double(), (columns,), norm.scale.double(), norm.shift.double(), eps)
-        plain, before = (RowProduct(rows, columns, GROUPS[pattern], dtype, n, tile) for n in (False, True))
+        before, plain, staged = (
+            RowProduct(rows, columns, GROUPS[pattern], dtype, tile, *form) for form in ((True, False), (False, False), (False, True))
+        )
         for relu, added, onto in ((False, bias, None), (True, bias, None), (False, None, residual), (True, bias, residual)):
-            options: dict[str, Any] = {"relu": relu, "residual": onto, "ahead": ahead_of_weight(weight, 1 << 20, early=relu)}
-            found, twice, alone = (torch.full((1, rows), float("nan"), dtype=dtype, device="cuda") for _ in range(3))
-            before(x, weight, added, found, norm=norm, **options)
+            options: dict[str, Any] = {"relu": relu, "residual": onto}
+            found, twice, thrice, alone = (torch.full((1, rows), float("nan"), dtype=dtype, device="cuda") for _ in range(4))
+            before(x, weight, added, found, norm=norm, ahead=ahead_of(weight, 1 << 20), **options)
             plain(normed, weight, added, twice, **options)
+            staged(normed, weight, added, thrice, **options)
             plain(x, weight, added, alone, **options)
             assert torch.equal(found, twice)
+            assert torch.equal(found, thrice)
             for y, row in ((found, exact), (alone, x.double())):
                 expected = row @ dense.t() + (0 if added is None else added.double())
                 expected = expected.relu() if relu else expected
@@ -130,8 +146,10 @@ def test_against_float64(columns: int, tile: Tile, pattern: str, dtype: torch.dt
         {},
         {"hidden_size": 768, "word_embed_proj_dim": 768, "ffn_dim": 3072, "num_attention_heads": 12},
         {"hidden_size": 2560, "word_embed_proj_dim": 2560, "ffn_dim": 10240, "num_attention_heads": 32, "num_hidden_layers": 2},
+        # Rows unit by unit, and what the next product reads asked for.
+        {"hidden_size": 5120, "word_embed_proj_dim": 5120, "ffn_dim": 5632, "num_attention_heads": 40, "num_hidden_layers": 1},
     ],
-    ids=["256", "768", "2560"],
+    ids=["256", "768", "2560", "5120"],
 )
 def test_a_step_matches_the_kernels_one_by_one(nm: str, dtype: torch.dtype, sizes: dict[str, Any]) -> None:
     model = small_opt(nm, dtype=dtype, **sizes).to("cuda").eval()
@@ -153,6 +171,19 @@ def test_a_step_matches_the_kernels_one_by_one(nm: str, dtype: torch.dtype, size
 def test_generation_is_the_same_with_and_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "engine")
     same_generation_with_and_without("layers", "a kernel per product")
+
+
+@pytest.mark.gpu
+def test_they_run_by_default_where_they_were_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(STEP)
+    sizes: dict[str, Any] = {"hidden_size": 2048, "word_embed_proj_dim": 2048, "ffn_dim": 2048, "num_attention_heads": 32}
+    runner: Any = runner_for(small_opt("2:4", num_hidden_layers=1, **sizes).to("cuda").eval())
+    assert isinstance(runner.layers, RowLayers)
+    assert runner.path(1) == "a kernel per product"
+    assert runner.path(2) == "cuda graphs"
+    for nm, settings in (("4:8", sizes), ("2:4", {}), ("2:4", sizes | {"dtype": torch.float32})):
+        other: Any = runner_for(small_opt(nm, num_hidden_layers=1, **settings).to("cuda").eval())
+        assert other.layers is None
 
 
 @pytest.mark.gpu
@@ -186,12 +217,14 @@ def test_models_that_cannot_have_them() -> None:
 
 @pytest.mark.gpu
 def test_wrong_arguments_are_refused() -> None:
-    product = RowProduct.of(32, 256, 4, torch.bfloat16, False, gpu(0))
+    product = RowProduct(32, 256, 4, torch.bfloat16, USUAL)
     weight = torch.zeros(2 * 9 * 32 * 16, dtype=torch.uint8, device="cuda")
     x, y = (torch.zeros(1, n, dtype=torch.bfloat16, device="cuda") for n in (256, 32))
     with pytest.raises(InputError, match="x is"):
         product(y, weight, None, y)
     with pytest.raises(InputError, match="a weight of 4608 bytes"):
         product(x, weight[:4608], None, y)
+    with pytest.raises(InputError, match="asks for nothing"):
+        RowProduct(32, 256, 4, torch.bfloat16, USUAL, by_unit=True)(x, weight, None, y, ahead=ahead_of(weight, 64))
     with pytest.raises(InputError, match="begin at a multiple of 16"):
         product(torch.zeros(1, 257, dtype=torch.bfloat16, device="cuda")[:, 1:], weight, None, y)

@@ -1,4 +1,8 @@
-"""The product of one activation row, or of its LayerNorm, with a 2:4 or 4:8 weight in fragment order (csrc/cuda/decode_row.cu)."""
+"""The product of one activation row, or of its LayerNorm, with a 2:4 or 4:8 weight in fragment order.
+
+csrc/cuda/decode_row.cu has the whole row in shared memory before its blocks go from row tile to row tile; csrc/cuda/decode_nm.cu brings it
+unit by unit, for rows so long that the products must not wait for all of it.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,8 @@ import torch
 from torch import Tensor
 
 from sparse_engine.backends.cuda_decode import Params, kernel_params
-from sparse_engine.backends.cuda_sources import UNIT, Gpu, Tile, blocks_at_once
-from sparse_engine.backends.cuda_tiles import choose
+from sparse_engine.backends.cuda_sources import UNIT, Gpu, Tile, blocks_at_once, macros_of
+from sparse_engine.backends.cuda_tiles import MMA_24, MMA_48
 from sparse_engine.engine.kernels import launching
 from sparse_engine.engine.kernels.ahead import Ahead
 from sparse_engine.errors import InputError
@@ -19,10 +23,8 @@ __all__ = ["WIDEST_NORM", "RowNorm", "RowProduct"]
 
 WIDEST_NORM = 8192
 """Columns up to which layernorm.cu, whose results these are, has one vector for each of its threads."""
-_KERNEL = "cuda_nm"
-_PATTERNS = {4: ("2:4", 24), 8: ("4:8", 48)}
+_SOURCES = {4: MMA_24, 8: MMA_48}
 _ZERO_BYTES = 128
-_OWN_AHEAD = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,59 +39,57 @@ class RowNorm:
 class _Params(ctypes.Structure):
     """``RowParams`` of csrc/cuda/decode_row.cu."""
 
-    _fields_ = (
-        ("product", Params),
-        ("scale", ctypes.c_void_p),
-        ("shift", ctypes.c_void_p),
-        ("eps", ctypes.c_float),
-        ("own", ctypes.c_int),
-        ("ahead", Ahead),
-    )
+    _fields_ = (("product", Params), ("scale", ctypes.c_void_p), ("shift", ctypes.c_void_p), ("eps", ctypes.c_float), ("ahead", Ahead))
 
 
 @dataclass(frozen=True, slots=True)
 class RowProduct:
-    """How a weight (``rows``, ``columns``) is multiplied: ``group`` 4 of a 2:4 pattern or 8 of 4:8, ``normed`` what a LayerNorm gives."""
+    """How a weight (``rows``, ``columns``) is multiplied by one row.
+
+    Attributes:
+        group: 4 of a 2:4 pattern or 8 of 4:8.
+        tile: of one n-tile, row tile and warp along the rows, without splits.
+        normed: by the row's LayerNorm.
+        by_unit: through decode_nm.cu, which neither has LayerNorms nor asks for what the next launch reads.
+
+    Raises:
+        InputError: there is no such kernel.
+    """
 
     rows: int
     columns: int
     group: int
     dtype: torch.dtype
-    normed: bool
     tile: Tile
+    normed: bool = False
+    by_unit: bool = False
 
-    @classmethod
-    def of(cls, rows: int, columns: int, group: int, dtype: torch.dtype, normed: bool, here: Gpu) -> RowProduct:
-        """With the tile that decode_nm.cu has for one activation row, where that is one row tile for each block, else with a usual one.
+    def __post_init__(self) -> None:
+        if self.columns % UNIT or (self.normed and self.columns > WIDEST_NORM):
+            raise InputError(f"a row of {self.columns} columns: they are multiples of {UNIT}, with a LayerNorm up to {WIDEST_NORM}")
+        if self.normed and self.by_unit:
+            raise InputError("a LayerNorm of a row that comes unit by unit")
 
-        Raises:
-            InputError: the kernel has no form for the columns.
-        """
-        if columns % UNIT or (normed and columns > WIDEST_NORM):
-            raise InputError(f"a row of {columns} columns: they are multiples of {UNIT}, with a LayerNorm up to {WIDEST_NORM}")
-        source, tile = choose(_KERNEL, _PATTERNS[group][0], dtype, rows, columns, 1, here)
-        if source.file != "decode_nm.cu" or (tile.n_tiles, tile.row_tiles, tile.warps_row, tile.splits) != (1, 1, 1, 1):
-            tile = Tile(1, 1, 1, min(8, columns // UNIT), min_blocks=3)
-        return cls(rows, columns, group, dtype, normed, tile)
+    @property
+    def file(self) -> str:
+        return "decode_nm.cu" if self.by_unit else "decode_row.cu"
 
     def macros(self) -> dict[str, int]:
         """What the source is compiled with."""
-        return {
-            **self.tile.macros(),
-            "PATTERN": _PATTERNS[self.group][1],
-            "ELEM_BF16": int(self.dtype is torch.bfloat16),
-            "COLS": self.columns,
-            "NORMED": int(self.normed),
-        }
+        own = {} if self.by_unit else {"COLS": self.columns, "NORMED": int(self.normed)}
+        return {**dict(macros_of(_SOURCES[self.group], self.tile, self.dtype)), **own}
 
     def shared_bytes(self) -> int:
         """Shared memory of a block: zeros, the row, with a LayerNorm its shifts and moments; sums of two tiles; what is added to them."""
+        if self.by_unit:
+            return _SOURCES[self.group].shared_bytes(self.tile, 1, 0)
         norm = 2 * self.columns + -(-8 * (self.columns // UNIT) // 16) * 16 if self.normed else 0
         return _ZERO_BYTES + 2 * self.columns + norm + 8 * self.tile.warps_k * (self.tile.block_rows + 4) + 4 * self.tile.block_rows
 
     def blocks(self, here: Gpu) -> int:
-        """Those that are resident at once, each with several tiles where there are more: a block normalises the row once."""
-        return min(-(-self.rows // self.tile.block_rows), here.processors * blocks_at_once(self.tile, self.shared_bytes(), here))
+        """One for each row tile, or those that are resident at once, so that a block normalises the row once for several tiles."""
+        tiles = -(-self.rows // self.tile.block_rows)
+        return tiles if self.by_unit else min(tiles, here.processors * blocks_at_once(self.tile, self.shared_bytes(), here))
 
     def __call__(
         self,
@@ -123,24 +123,26 @@ class RowProduct:
         if (norm is not None) != self.normed or nbytes != extent or not weight.is_contiguous():
             kind = "a LayerNorm" if self.normed else "no LayerNorm"
             raise InputError(f"a weight of {nbytes} bytes; {extent} are expected, and {kind}")
+        if self.by_unit and ahead is not None:
+            raise InputError("decode_nm.cu asks for nothing of what the next launch reads")
         read = (x, weight, *((norm.scale, norm.shift) if norm is not None else ()))
         if any(tensor.data_ptr() % 16 for tensor in read):
             raise InputError("a row, its weight or its LayerNorm does not begin at a multiple of 16 bytes")
+        product = kernel_params(x, weight, bias, residual, y, self.columns // UNIT, relu)
         params = _Params(
-            kernel_params(x, weight, bias, residual, y, self.columns // UNIT, relu),
+            product,
             norm.scale.data_ptr() if norm is not None else None,
             norm.shift.data_ptr() if norm is not None else None,
             norm.eps if norm is not None else 0.0,
-            _OWN_AHEAD,
             ahead or Ahead(),
         )
         launching.run(
-            "decode_row.cu",
-            "decode_row",
+            self.file,
+            self.file.removesuffix(".cu"),
             self.macros(),
             (self.blocks(launching.gpu(weight.device.index)), 1),
             32 * self.tile.warps_k,
-            params,
+            product if self.by_unit else params,
             weight.device,
             shared_bytes=self.shared_bytes(),
         )
