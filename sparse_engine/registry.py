@@ -98,10 +98,14 @@ class Problem:
 
     def measured(self) -> Mapping[str, tuning.Measured]:
         """What this GPU's tables say of this problem, by kernel."""
-        if self.gpu is None or self.value_type != PLAIN:
+        if self.gpu is None:
             return {}
-        shape = (self.out_features, self.in_features)
-        return tuning.lookup(self.gpu, tuning.pattern_key(self.pattern), self.dtype, shape, self.rows)
+        return tuning.lookup(self.gpu, self.table_key, self.dtype, (self.out_features, self.in_features), self.rows)
+
+    @property
+    def table_key(self) -> str:
+        """What tuning tables call its pattern and values."""
+        return tuning.pattern_key(self.pattern, self.value_type)
 
     @property
     def packed_nbytes(self) -> float:

@@ -1,9 +1,10 @@
 """Measured times of kernels per GPU, and the configuration that each was fastest with: what dispatch trusts before any estimate.
 
 A table is JSON, one file per GPU: ``{"gpu": NAME, "version": 1, "entries": {pattern: {dtype: {"NxK": {"M": {kernel: [µs, config
-...]}}}}}}`` with pattern ``2:4``, ``4:8``, another N:M or ``unstructured``, dtype ``bf16``, ``fp16`` or ``fp32``, N output and K input
-features, and M the most activation rows that an entry is for. Tables in ``sparse_engine/tuned`` are installed with the package; a
-user's own, written by ``sparse-engine tune`` into the cache folder, goes before them, entry by entry.
+...]}}}}}}`` with pattern ``2:4``, ``4:8``, another N:M or ``unstructured``, followed by the type of quantised values (``2:4 int8``), dtype
+``bf16``, ``fp16`` or ``fp32``, N output and K input features, and M the most activation rows that an entry is for. Tables in
+``sparse_engine/tuned`` are installed with the package; a user's own, written by ``sparse-engine tune`` into the cache folder, goes before
+them, entry by entry.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from sparse_engine import cuda
 from sparse_engine.errors import InputError
 from sparse_engine.pattern import SparsityPattern
+from sparse_engine.value_types import PLAIN
 
 __all__ = [
     "SHIPPED",
@@ -82,9 +84,10 @@ def user_path(gpu: str) -> Path:
     return cuda.cache_folder().parent / "tuning" / f"{slug(gpu)}.json"
 
 
-def pattern_key(pattern: SparsityPattern) -> str:
-    """What tables call a pattern; every unstructured sparsity shares one name."""
-    return str(pattern) if pattern.is_nm else "unstructured"
+def pattern_key(pattern: SparsityPattern, value_type: str = PLAIN) -> str:
+    """What tables call a pattern with values of a type; every unstructured sparsity shares one name."""
+    name = str(pattern) if pattern.is_nm else "unstructured"
+    return name if value_type == PLAIN else f"{name} {value_type}"
 
 
 def lookup(gpu: str, pattern: str, dtype: torch.dtype, shape: tuple[int, int], rows: int) -> Mapping[str, Measured]:

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_engine import cuda, value_types
+from sparse_engine import cuda, tuning, value_types
 from sparse_engine.backends.cuda_decode import UNIT, Gpu, check_arguments, fragment_linear_fake, gpu
 from sparse_engine.backends.cuda_levels import LEVELS, quantise_compilation, quantise_rows
 from sparse_engine.backends.cuda_nm import mask_table, metadata_table
-from sparse_engine.backends.cuda_prefill import Call
+from sparse_engine.backends.cuda_prefill import Call, bucket_of
 from sparse_engine.backends.cuda_prefill_wgmma import CLOCKS_PER_US, Levels, PrefillSource, PrefillTile, run_prefill, tile_of
 from sparse_engine.errors import InputError
 from sparse_engine.formats.base import PackedWeight
@@ -30,6 +30,8 @@ from sparse_engine.registry import Config, Kernel, Layout, Problem, register
 
 __all__ = ["SOURCES", "TILES", "from_blocks", "to_blocks"]
 
+_NAME = "cuda_nm_8bit"
+_TWO_FOUR = SparsityPattern.nm(2, 4)
 BLOCK = 64
 """Rows of a block of the layout."""
 _STAGE = 128
@@ -56,12 +58,19 @@ TILES = (
     PrefillTile(16, 2, 2, 5, 2),
     PrefillTile(16, 1, 2, 6, 2),
     PrefillTile(16, 1, 2, 6, 1),
+    PrefillTile(32, 1, 2, 4, 1, splits=2),
+    PrefillTile(32, 1, 2, 4, 1, splits=3),
+    PrefillTile(32, 1, 2, 4, 1, splits=4),
+    PrefillTile(24, 2, 2, 4, 1, splits=2),
+    PrefillTile(16, 2, 2, 5, 1, splits=2),
     PrefillTile(16, 1, 2, 6, 1, splits=2),
+    PrefillTile(16, 1, 2, 6, 1, splits=4),
     PrefillTile(8, 1, 2, 8, 1),
+    PrefillTile(8, 1, 2, 8, 1, splits=2),
     PrefillTile(4, 1, 2, 8, 1),
     PrefillTile(4, 1, 2, 8, 1, splits=4),
 )
-"""Each was the fastest of those measured on an H100 for some shape of 256 and more activation rows; the last two are for few."""
+"""What tuning measures for 256 and more activation rows; the last two are for few."""
 _H200 = Gpu("NVIDIA H200", "sm_90a", 132, True, 232448)
 
 
@@ -130,6 +139,20 @@ def _clocks(tile: PrefillTile, rows: int, columns: int, m: int, here: Gpu) -> fl
 
 
 @cache
+def _tile_for(element: torch.dtype, dtype: torch.dtype, rows: int, columns: int, bucket: int, here: Gpu) -> PrefillTile:
+    """The fastest tile that was measured on this GPU, with levels of this type or of the other, else the one with the lowest estimate."""
+    for kind in sorted(map(value_types.of_element, LEVELS), key=lambda kind: kind != value_types.of_element(element)):
+        measured = tuning.lookup(here.name, tuning.pattern_key(_TWO_FOUR, kind), dtype, (rows, columns), bucket).get(_NAME)
+        if measured is not None and measured.config in _configs(rows, columns, bucket, here):
+            return tile_of(measured.config)
+    return _ordered_tiles(rows, columns, bucket, here)[0]
+
+
+def _configs(rows: int, columns: int, m: int, here: Gpu) -> list[Config]:
+    return [("wgmma-8bit", *astuple(tile)) for tile in _ordered_tiles(rows, columns, m, here)]
+
+
+@cache
 def _ordered_tiles(rows: int, columns: int, m: int, here: Gpu) -> tuple[PrefillTile, ...]:
     """Tiles that fit, those with the lowest estimate first."""
     source = SOURCES[torch.int8]
@@ -147,9 +170,9 @@ def _product(tile: PrefillTile | None, call: Call, scales: Tensor, tokens: Token
     if tokens is not None and tokens.values.dtype is not element:
         raise InputError(f"the activations are levels of type {tokens.values.dtype}, but the weight's are {element}")
     with torch.cuda.device(x.device):
-        chosen = tile or _ordered_tiles(call.rows, call.columns, m, gpu(x.device.index))[0]
         if m == 0:
             return x.new_empty((*x.shape[:-1], call.rows))
+        chosen = tile or _tile_for(element, x.dtype, call.rows, call.columns, bucket_of(m), gpu(x.device.index))
         if tokens is None:
             tokens = quantise_rows(x.reshape(m, call.columns), element)
         return run_prefill(SOURCES[element], chosen, call, Levels(tokens.values, tokens.scales, scales))
@@ -175,7 +198,7 @@ _op = define_linear(
 
 
 class CudaNM8BitKernel(Kernel):
-    name = "cuda_nm_8bit"
+    name = _NAME
     formats: ClassVar[frozenset[str]] = frozenset({"nm"})
     devices: ClassVar[frozenset[str]] = frozenset({"cuda"})
     value_types: ClassVar[frozenset[str]] = frozenset({"int8", "fp8"})
@@ -198,8 +221,7 @@ class CudaNM8BitKernel(Kernel):
         return blocks * stages * (_VALUES + _POSITIONS) + 4 * problem.out_features
 
     def configs(self, problem: Problem) -> Sequence[Config]:
-        tiles = _ordered_tiles(problem.out_features, problem.in_features, problem.rows, gpu(torch.cuda.current_device()))
-        return [("wgmma-8bit", *astuple(tile)) for tile in tiles]
+        return _configs(problem.out_features, problem.in_features, problem.rows, gpu(torch.cuda.current_device()))
 
     def compilations(self, problem: Problem, config: Config) -> Sequence[tuple[str, str, tuple[tuple[str, int], ...]]]:
         arch, element = gpu(torch.cuda.current_device()).arch, value_types.get(problem.value_type).element(problem.dtype)

@@ -18,19 +18,18 @@ class SparseWgmmaForm(WgmmaForm):
     patterns: ClassVar[frozenset[str]] = frozenset({"2:4"})
     source: ClassVar[PrefillSource] = PREFILL_24
     tiles: ClassVar[tuple[PrefillTile, ...]] = (
+        PrefillTile(32, 1, 2, 5, 2),
         PrefillTile(32, 1, 2, 6, 2),
-        PrefillTile(32, 1, 2, 6, 1),
-        PrefillTile(24, 1, 3, 4, 2),
+        PrefillTile(32, 1, 2, 5, 1),
+        PrefillTile(24, 1, 3, 6, 2),
+        PrefillTile(16, 2, 2, 6, 1),
         PrefillTile(32, 1, 2, 6, 1, splits=2),
         PrefillTile(32, 1, 2, 6, 1, splits=3),
         PrefillTile(32, 1, 2, 6, 1, splits=4),
-        PrefillTile(16, 2, 2, 6, 1, splits=2),
         PrefillTile(16, 2, 2, 5, 1, splits=3),
         PrefillTile(16, 1, 2, 6, 2),
         PrefillTile(16, 1, 2, 6, 1, splits=2),
         PrefillTile(16, 1, 2, 6, 1, splits=4),
-        PrefillTile(12, 1, 3, 6, 1, splits=2),
-        PrefillTile(8, 2, 2, 6, 1, splits=2),
         PrefillTile(8, 1, 2, 6, 1),
         PrefillTile(8, 1, 2, 6, 1, splits=2),
         PrefillTile(8, 1, 2, 6, 1, splits=4),
@@ -46,7 +45,7 @@ class SparseWgmmaForm(WgmmaForm):
         # Where a warpgroup has few sums, it waits more for the operands of the next product.
         product = tile.tokens / 2 + (85 if tile.m_blocks == 1 and tile.tokens <= 128 else 60)
         step = max(product * (tile.rows // 64), (tile.tokens * 64 / tile.cluster + tile.rows * 36) / 43)
-        store = tile.rows * tile.tokens / 12 * (2.5 if tile.splits > 1 else 1.0)
+        store = tile.rows * tile.tokens / 12 * 2.5 if tile.splits > 1 else 700.0
         one = -(-columns // UNIT) * (UNIT // 32) / tile.splits * step + store
         return -(-tiles // min(tiles, resident)) * (one * min(tile.min_blocks, -(-tiles // here.processors)) + 1500)
 

@@ -87,6 +87,12 @@ class PrefillSource:
         left = (_MOST_SHARED_BYTES + 1024) // tile.min_blocks - 1024 - buffers
         return max(2, min(left // (tile.consumers * _CHUNK_BYTES), tile.tokens // _CHUNK_TOKENS * tile.m_blocks, _MOST_CHUNKS))
 
+    def leaving(self, tile: PrefillTile) -> int:
+        """Of those chunks, how many leave together: a whole m64 block's where that leaves room for the next, else a divisor of them."""
+        chunks, room = tile.tokens // _CHUNK_TOKENS, self.stores(tile)
+        most = chunks if room >= chunks * min(tile.m_blocks, 2) else room // 2
+        return next(count for count in range(most, 0, -1) if chunks % count == 0)
+
     def tensor_stores(self, tile: PrefillTile) -> bool:
         """Whether sums leave by tensor stores."""
         return self.stores(tile) > 2
@@ -112,7 +118,7 @@ class PrefillSource:
 
     def all_macros(self, tile: PrefillTile, element: torch.dtype) -> tuple[tuple[str, int], ...]:
         """What the source is compiled with."""
-        own = {"STORES": self.stores(tile), "ELEM_BF16": int(element is torch.bfloat16)}
+        own = {"STORES": self.stores(tile), "LEAVING": self.leaving(tile), "ELEM_BF16": int(element is torch.bfloat16)}
         return tuple(sorted({**dict(self.macros), **tile.macros(), **own}.items()))
 
 
@@ -176,7 +182,9 @@ def run_prefill(source: PrefillSource, tile: PrefillTile, call: Call, levels: Le
     mapped = y_vector and source.tensor_stores(tile)
     params = _Params(
         cuda.tensor_map(flat, (tile.tokens // tile.cluster, _X_BYTES // flat.element_size())),
-        cuda.tensor_map(y.view(call.m, rows), (_CHUNK_TOKENS, _X_BYTES // y.element_size())) if mapped else cuda.TensorMap(),
+        cuda.tensor_map(y.view(call.m, rows), (source.leaving(tile) * _CHUNK_TOKENS, _X_BYTES // y.element_size()))
+        if mapped
+        else cuda.TensorMap(),
         call.weight.data_ptr(),
         offsets,
         bias.data_ptr() if bias is not None else None,

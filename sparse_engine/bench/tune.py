@@ -29,11 +29,14 @@ from sparse_engine.pattern import SparsityPattern
 from sparse_engine.progress import Track, silent
 from sparse_engine.registry import Config, Kernel, Problem
 from sparse_engine.tuning import Entry, Measured
+from sparse_engine.value_types import PLAIN
 
 __all__ = ["TOLERANCE", "Bucket", "Candidate", "Outcome", "buckets", "compile_all", "pending", "settle", "tune"]
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 """Largest relative Frobenius error of a product against float64."""
+_QUANTISED_TOLERANCE = {"int8": 2e-2, "fp8": 5e-2}
+"""The same where activations are rounded to the type of the weight's values."""
 _NEVER = frozenset({"reference"})
 """Kernels that are the last choice whatever their time."""
 _WORTH_TURNS = 1.3
@@ -44,19 +47,26 @@ _FIRST_REPLAYS, _TURNS = 3, 9
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """One entry of the table: ``rows`` activation rows by an (out_features, in_features) weight."""
+    """One entry of the table: ``rows`` activation rows by an (out_features, in_features) weight, its values of ``value_type``."""
 
     pattern: SparsityPattern
     dtype: torch.dtype
     shape: tuple[int, int]
     rows: int
+    value_type: str = PLAIN
+
+    @property
+    def key(self) -> str:
+        """What tables call its pattern and values."""
+        return tuning.pattern_key(self.pattern, self.value_type)
 
     def problem(self, device: torch.device) -> Problem:
         fmt = formats.for_pattern(self.pattern)
-        return Problem.of(PackedWeight(fmt.name, fmt.version, self.pattern, self.shape, self.dtype, {}), self.rows, device)
+        packed = PackedWeight(fmt.name, fmt.version, self.pattern, self.shape, self.dtype, {}, self.value_type)
+        return Problem.of(packed, self.rows, device)
 
     def __str__(self) -> str:
-        kind = f"{tuning.pattern_key(self.pattern)} {str(self.dtype).removeprefix('torch.')}"
+        kind = f"{self.key} {str(self.dtype).removeprefix('torch.')}"
         return f"{kind} {self.shape[0]}x{self.shape[1]} M = {self.rows}"
 
 
@@ -69,12 +79,16 @@ class Outcome:
 
 
 def buckets(
-    shapes: Iterable[tuple[int, int]], patterns: Sequence[SparsityPattern], dtypes: Sequence[torch.dtype], rows: Sequence[int]
+    shapes: Iterable[tuple[int, int]],
+    patterns: Sequence[SparsityPattern],
+    dtypes: Sequence[torch.dtype],
+    rows: Sequence[int],
+    value_type: str = PLAIN,
 ) -> list[Bucket]:
     """All combinations that a pattern can carry, small shapes first, the rows of one weight together."""
     ordered = sorted(dict.fromkeys(shapes), key=lambda shape: (shape[0] * shape[1], shape))
     fits = [(s, p) for s in ordered for p in patterns if not p.is_nm or s[1] % p.group[1] == 0]
-    return [Bucket(p, dtype, shape, m) for shape, p in fits for dtype in dtypes for m in sorted(set(rows))]
+    return [Bucket(p, dtype, shape, m, value_type) for shape, p in fits for dtype in dtypes for m in sorted(set(rows))]
 
 
 def able(problem: Problem, only: Set[str] = frozenset()) -> list[Kernel]:
@@ -89,8 +103,7 @@ def pending(wanted: Sequence[Bucket], device: torch.device, path: Path, only: Se
     for bucket in wanted:
         problem = bucket.problem(device)
         assert problem.gpu is not None
-        pattern = tuning.pattern_key(bucket.pattern)
-        held = tuning.recorded(path, problem.gpu, pattern, bucket.dtype, bucket.shape, bucket.rows)
+        held = tuning.recorded(path, problem.gpu, bucket.key, bucket.dtype, bucket.shape, bucket.rows)
         if any(kernel.name not in held for kernel in able(problem, only)):
             left.append(bucket)
     return left
@@ -158,7 +171,7 @@ def _in_groups(
     report: Callable[[Bucket, dict[str, Measured]], None],
 ) -> Iterator[Bucket]:
     gpu = torch.cuda.get_device_name(device)
-    for _, group in groupby(wanted, key=lambda b: (b.pattern, b.dtype, b.shape)):
+    for _, group in groupby(wanted, key=lambda b: (b.pattern, b.dtype, b.shape, b.value_type)):
         members = list(group)
         weight = _Weight(members, device)
         done: list[Entry] = []
@@ -166,7 +179,7 @@ def _in_groups(
             for bucket in members:
                 measured, wrong = weight.measure(bucket, seconds, only)
                 outcome.wrong += [f"{bucket}: {text}" for text in wrong]
-                done.append(Entry(tuning.pattern_key(bucket.pattern), bucket.dtype, bucket.shape, bucket.rows, measured))
+                done.append(Entry(bucket.key, bucket.dtype, bucket.shape, bucket.rows, measured))
                 report(bucket, measured)
                 yield bucket
         finally:
@@ -191,7 +204,8 @@ class _Weight:
     def __init__(self, members: Sequence[Bucket], device: torch.device) -> None:
         first = members[0]
         self.device, self.dtype, self.pattern = device, first.dtype, first.pattern
-        self.packed = random_packed(first.shape, first.pattern, first.dtype, str(device))
+        self.packed = random_packed(first.shape, first.pattern, first.dtype, str(device), value_type=first.value_type)
+        self.tolerance = _QUANTISED_TOLERANCE.get(first.value_type, TOLERANCE[first.dtype])
         most = max(bucket.rows for bucket in members)
         self.x = torch.randn(most, first.shape[1], device=device, dtype=first.dtype)
         self.bias = torch.randn(first.shape[0], device=device, dtype=first.dtype)
@@ -251,7 +265,7 @@ class _Weight:
         try:
             y = kernel.run_config(x, copies[0], self.bias, self.pattern, config)
             error = float((y - expected).norm() / expected.norm())
-            if not error < TOLERANCE[self.dtype]:
+            if not error < self.tolerance:
                 wrong.append(f"{kernel.name} {list(config)} has a relative error of {error:.1e}")
                 return
             calls = [partial(kernel.run_config, x, held, self.bias, self.pattern, config) for held in copies]
@@ -272,7 +286,7 @@ def _held(kernel: Kernel, problem: Problem, configs: Sequence[Config]) -> list[C
     """That of ``configs`` which the tables have for ``problem``; those of an older version may lack its last fields."""
     assert problem.gpu is not None
     shape = (problem.out_features, problem.in_features)
-    held = tuning.lookup(problem.gpu, tuning.pattern_key(problem.pattern), problem.dtype, shape, problem.rows).get(kernel.name)
+    held = tuning.lookup(problem.gpu, problem.table_key, problem.dtype, shape, problem.rows).get(kernel.name)
     return [c for c in configs if c[: len(held.config)] == held.config][:1] if held is not None and held.config else []
 
 

@@ -14,6 +14,7 @@ from sparse_engine.cli.common import Regime, parse_device, parse_rows, regime_ro
 from sparse_engine.errors import InputError, KernelUnavailableError
 from sparse_engine.hf.loading import parse_dtype
 from sparse_engine.progress import console_track
+from sparse_engine.value_types import PLAIN, all_value_types
 
 if TYPE_CHECKING:
     from sparse_engine.bench.tune import Bucket
@@ -31,13 +32,13 @@ def _wanted(ckpt: str | None, models: list[str], patterns: list[str], dtype: str
 
     if ckpt is not None and models:
         raise InputError("give a checkpoint or --models, not both")
-    given = parse_dtype(dtype)
+    given, value_type = _parse_values(dtype)
     if ckpt is None:
         unknown = [model for model in models if model not in HIDDEN]
         if unknown:
             raise InputError(f"unknown --models {unknown[0]}: use {', '.join(HIDDEN)}")
         shapes = [shape_of(model, layer) for model in models or HIDDEN for layer in LAYERS]
-        return buckets(shapes, parsed(patterns or list(PATTERNS)), [given or torch.bfloat16], rows)
+        return buckets(shapes, parsed(patterns or list(PATTERNS)), [given or torch.bfloat16], rows, value_type or PLAIN)
 
     from sparse_engine.checkpoint import Checkpoint, resolve
 
@@ -47,14 +48,25 @@ def _wanted(ckpt: str | None, models: list[str], patterns: list[str], dtype: str
         if patterns:
             raise InputError(f"{ckpt} is packed and has its own patterns; --patterns is for dense checkpoints and --models")
         layers = checkpoint.packed_layers.values()
-        found = [b for layer in layers for b in buckets([layer.shape], [layer.pattern], [given or layer.dtype], rows)]
+        found = [
+            b
+            for layer in layers
+            for b in buckets([layer.shape], [layer.pattern], [given or layer.dtype], rows, value_type or layer.value_type)
+        ]
         # Unstructured layers differ in density by a little; one of a kind stands for all.
-        unique = {(b.pattern if b.pattern.is_nm else None, b.dtype, b.shape, b.rows): b for b in found}
+        unique = {(b.pattern if b.pattern.is_nm else None, b.dtype, b.shape, b.rows, b.value_type): b for b in found}
         return sorted(unique.values(), key=lambda b: (b.shape[0] * b.shape[1], b.shape, str(b.pattern), b.rows))
     if not patterns:
         raise InputError(f"{ckpt} is dense; say what it will be packed as, such as --patterns 2:4")
     shapes = [checkpoint.linear_shape(linear) for linear in linears]
-    return buckets(shapes, parsed(patterns), [given or checkpoint.spec(f"{linears[0]}.weight")[1]], rows)
+    return buckets(shapes, parsed(patterns), [given or checkpoint.spec(f"{linears[0]}.weight")[1]], rows, value_type or PLAIN)
+
+
+def _parse_values(text: str | None) -> tuple[torch.dtype | None, str | None]:
+    """The type of activations and of plain weights, and that of quantised values, each None where ``--dtype`` leaves it open."""
+    if text in all_value_types() and text != PLAIN:
+        return torch.bfloat16, text
+    return parse_dtype(text), None
 
 
 def _line(bucket: Bucket, measured: dict[str, Measured]) -> str:
@@ -73,7 +85,9 @@ def tune(
     regime: Regime = "decode",
     rows: Annotated[list[str] | None, typer.Option("--rows", metavar="M", help="Activation rows in the place of the regime's.")] = None,
     kernels: Annotated[list[str] | None, typer.Option("--kernels", metavar="KERNEL", help="Measure these alone; default: all.")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", metavar="TYPE", help="bf16, fp16 or fp32.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", metavar="TYPE", help="bf16, fp16 or fp32; int8 or fp8: quantised weights.")
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="cuda or cuda:N.")] = "cuda:0",
     seconds: Annotated[float, typer.Option("--seconds", help="Time per product and number of rows for trying configurations.")] = 0.5,
     force: Annotated[bool, typer.Option("--force", help="Measure again what the table has already.")] = False,

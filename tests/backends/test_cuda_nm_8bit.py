@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ import torch
 from cuda_products import H200, nvcc
 from products import random_keep, relative_error
 
-from sparse_engine import cuda, formats, registry
+from sparse_engine import cuda, formats, registry, tuning
 from sparse_engine.backends import cuda_levels, cuda_nm_8bit
 from sparse_engine.backends.cuda_prefill_wgmma import PrefillTile
 from sparse_engine.errors import InputError
@@ -20,6 +20,7 @@ from sparse_engine.formats.base import PackedWeight
 from sparse_engine.levels import LARGEST, SCALES_PADDING, levels_of_rows
 from sparse_engine.mask import Mask
 from sparse_engine.pattern import SparsityPattern
+from sparse_engine.tuning import Measured
 
 PATTERN = SparsityPattern.parse("2:4")
 SHAPES = [(16, 256), (33, 260), (1, 4), (200, 1028), (768, 768)]
@@ -115,6 +116,30 @@ def test_the_estimate_prefers_what_was_fastest(shape: tuple[int, int], m: int, e
     assert (first.rows, first.tokens) == expected
 
 
+def test_a_measured_tile_goes_before_the_estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSE_ENGINE_CACHE", str(tmp_path))
+    here = replace(H200, name="GPU without a table")
+
+    def tile(element: torch.dtype, m: int) -> PrefillTile:
+        cuda_nm_8bit._tile_for.cache_clear()
+        return cuda_nm_8bit._tile_for(element, torch.bfloat16, 4096, 4096, m, here)
+
+    estimated, *others = cuda_nm_8bit._ordered_tiles(4096, 4096, 256, here)
+    assert tile(torch.int8, 256) == tile(torch.float8_e4m3fn, 256) == estimated
+
+    def record(kind: str, config: tuple[object, ...]) -> None:
+        found = {"cuda_nm_8bit": Measured(1.0, config)}
+        tuning.record(here.name, [tuning.Entry(f"2:4 {kind}", torch.bfloat16, (4096, 4096), 256, found)])
+
+    record("int8", ("wgmma-8bit", *astuple(others[0])))
+    assert tile(torch.int8, 256) == tile(torch.float8_e4m3fn, 256) == others[0], "one type stands in for the other"
+    assert tile(torch.int8, 1024) == cuda_nm_8bit._ordered_tiles(4096, 4096, 1024, here)[0]
+    record("fp8", ("wgmma-8bit", *astuple(others[1])))
+    assert (tile(torch.int8, 256), tile(torch.float8_e4m3fn, 256)) == (others[0], others[1])
+    record("int8", ("wgmma-8bit", 1, 2, 3))
+    assert tile(torch.int8, 256) == others[1], "a configuration of another version is passed over"
+
+
 @pytest.mark.parametrize("element", cuda_levels.LEVELS, ids=str)
 def test_levels_are_made_without_spills(element: torch.dtype, tmp_path: Path) -> None:
     source, _, macros = cuda_levels.quantise_compilation("sm_90a", torch.bfloat16, element)
@@ -205,5 +230,7 @@ def test_wrong_arguments_are_refused_and_the_operator_is_sound() -> None:
     with pytest.raises(InputError, match="x has 128 columns"):
         kernel.run(torch.zeros(1, 128, device="cuda", dtype=torch.bfloat16), layout, None, PATTERN)
     x = torch.randn(3, 256, device="cuda", dtype=torch.bfloat16)
+    # The check multiplies its arguments by themselves, which torch cannot do with fp8.
+    layout = kernel.prepare(make_packed((64, 256), torch.bfloat16, "int8", "cuda"))
     arguments = (x, layout["weight"], layout["scales"], None, None, 64, 256, False)
     torch.library.opcheck(torch.ops.sparse_engine.cuda_nm_8bit_linear.default, arguments)

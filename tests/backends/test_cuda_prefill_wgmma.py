@@ -14,9 +14,10 @@ from products import expected_product, relative_error
 
 from sparse_engine import cuda, registry
 from sparse_engine.backends import cuda_prefill_wgmma
+from sparse_engine.backends.cuda_nm_8bit import SOURCES
 from sparse_engine.backends.cuda_prefill import Call
 from sparse_engine.backends.cuda_prefill_nm import PREFILL_24, SparseWgmmaForm
-from sparse_engine.backends.cuda_prefill_wgmma import PrefillTile, run_prefill, tile_of
+from sparse_engine.backends.cuda_prefill_wgmma import PrefillSource, PrefillTile, run_prefill, tile_of
 from sparse_engine.errors import KernelUnavailableError
 
 TILES = [
@@ -43,6 +44,17 @@ def test_tiles_compile_within_their_registers(tile: PrefillTile, tmp_path: Path)
     assert spills is not None
     assert int(spills[1]) <= 32
     assert "serialized" not in said
+
+
+@pytest.mark.parametrize("source", [PREFILL_24, SOURCES[torch.int8]], ids=["16 bits", "8 bits"])
+@pytest.mark.parametrize("tile", SparseWgmmaForm.tiles, ids=str)
+def test_chunks_of_sums_leave_in_whole_turns(tile: PrefillTile, source: PrefillSource) -> None:
+    chunks, leaving = tile.tokens // 32, source.leaving(tile)
+    assert chunks % leaving == 0
+    assert 1 <= leaving <= source.stores(tile)
+    assert leaving * 32 <= 256, "a tensor copy's box has no more rows"
+    macros = dict(source.all_macros(tile, torch.bfloat16))
+    assert (macros["STORES"], macros["LEAVING"]) == (source.stores(tile), leaving)
 
 
 def test_configurations_name_their_tiles() -> None:

@@ -153,11 +153,15 @@ def test_what_tune_is_asked_for(tiny_opt: Path) -> None:
     wanted = _wanted(None, ["opt-125m"], ["2:4"], None, [1])
     assert {b.shape for b in wanted} == {(768, 768), (2304, 768), (3072, 768), (768, 3072)}
     assert {(b.pattern, b.dtype, b.rows) for b in wanted} == {(TWO_FOUR, BF16, 1)}
+    quantised = _wanted(None, ["opt-125m"], ["2:4"], "int8", [256])
+    assert {(b.key, b.dtype, b.value_type, str(b.problem(torch.device("cpu")).value_type)) for b in quantised} == {
+        ("2:4 int8", BF16, "int8", "int8")
+    }
     assert {b.shape for b in _wanted(str(tiny_opt), [], ["2:4"], "fp16", [1])} == {(64, 64), (128, 64), (64, 128)}
     for arguments, reason in (
         ((None, ["opt-1b"], [], None, [1]), "unknown --models opt-1b"),
         ((None, [], ["5:4"], None, [1]), "keeps N of M"),
-        ((None, [], [], "int8", [1]), "unknown --dtype"),
+        ((None, [], [], "int3", [1]), "unknown --dtype"),
         ((str(tiny_opt), ["opt-125m"], [], None, [1]), "not both"),
         ((str(tiny_opt), [], [], None, [1]), "is dense; say what"),
     ):

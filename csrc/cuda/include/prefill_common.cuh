@@ -11,6 +11,7 @@
 //   CLUSTER      blocks side by side along the rows that share their activations: each fetches a part of a buffer for all
 //   SPLITS       blocks of a cluster that share the columns of one tile; their sums meet in distributed shared memory
 //   MIN_BLOCKS   blocks that must fit one multiprocessor (bounds the registers)
+//   STORES, LEAVING   see below
 //
 //              TILE_TOKENS                      x --tensor copies, multicast--> STAGES buffers [TILE_TOKENS][128 bytes], 16-byte chunks
 //        +-----------+-----------+                       exchanged by the row modulo 8, as wgmma reads them
@@ -55,13 +56,19 @@
 #define STAGING_AT (STAGES * STAGE_BYTES)
 #define CHUNK_TOKENS 32
 // Chunks of sums on their way to y, per consumer warpgroup: 2, and threads write them, or more, and tensor stores do while the next tile
-// runs.
+// runs. LEAVING of them leave together, a divisor of those of an m64 block.
 #ifndef STORES
 #define STORES 2
+#endif
+#ifndef LEAVING
+#define LEAVING 1
 #endif
 #ifndef TENSOR_STORES
 #define TENSOR_STORES (STORES > 2)
 #endif
+#define BLOCK_CHUNKS (TILE_TOKENS / CHUNK_TOKENS)
+// Where neither scales nor other blocks have a part in them, sums begin with the bias.
+#define BIAS_FIRST (SPLITS == 1 && VALUES == 0)
 #define STAGING_BYTES (STORES * CHUNK_TOKENS * 128)
 #define BARRIERS_AT (STAGING_AT + CONSUMERS * STAGING_BYTES)
 #define SUMS_PITCH (TILE_ROWS + 4)
@@ -74,11 +81,12 @@
 #define SHARE_REGISTERS ((LAUNCH_REGISTERS * (CONSUMERS + 1) - PRODUCER_REGISTERS) / CONSUMERS / 8 * 8)
 #define CONSUMER_REGISTERS (SHARE_REGISTERS > 240 ? 240 : SHARE_REGISTERS)
 
+static_assert(BLOCK_CHUNKS % LEAVING == 0 && STORES >= LEAVING, "chunks leave in whole turns");
 static_assert(TILE_TOKENS % CHUNK_TOKENS == 0 && TILE_TOKENS % (8 * CLUSTER) == 0, "a tile has whole chunks of activation rows");
 
 struct alignas(64) Params {
   u64 x[16];                  // tensor map of x (m, cols): boxes of STAGE_COLUMNS by TILE_TOKENS / CLUSTER rows, 128-byte exchange pattern
-  u64 y_map[16];              // tensor map of y (m, rows): boxes of 64 columns by CHUNK_TOKENS rows, likewise; unless y_vector is 0
+  u64 y_map[16];              // tensor map of y (m, rows): boxes of 64 columns by LEAVING chunks' rows, likewise; unless y_vector is 0
   const uint4* weight;        // the kernel's own layout
   const u32* offsets;         // unstructured only, as is depth: see paired.cuh
   const u16* bias;            // (rows,) or null
@@ -106,6 +114,16 @@ __device__ __forceinline__ u32 pack_pair(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
 #else
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+#endif
+  return v;
+}
+
+__device__ __forceinline__ u32 pack_pair_relu(float low, float high) {
+  u32 v;
+#if ELEM_BF16
+  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
 #endif
   return v;
 }
@@ -141,21 +159,28 @@ __device__ __forceinline__ u64 activation_policy() {
 #if TENSOR_STORES
 // Starts copying a box from shared memory to column `column` and row `row` of y, but for what lies behind its end.
 __device__ __forceinline__ void tensor_store(const u64* map, u32 source, int column, int row) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];\n"
-               "cp.async.bulk.commit_group;" ::"l"(map),
-               "r"(source), "r"(column), "r"(row)
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(source), "r"(column), "r"(row)
                : "memory");
 }
 
-// Of this thread's stores, all but PENDING have read their shared memory.
+__device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Of this thread's committed groups of stores, all but PENDING have read their shared memory.
 template <int PENDING>
 __device__ __forceinline__ void wait_stores() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
 }
 #endif
 
+// The thread's number, read anew: what follows from it is not held in registers while products are multiplied.
+__device__ __forceinline__ u32 read_thread() {
+  u32 thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // A barrier of the 128 threads of one consumer warpgroup.
-__device__ __forceinline__ void warpgroup_sync() { asm volatile("bar.sync %0, 128;" ::"r"(1 + (threadIdx.x >> 7)) : "memory"); }
+__device__ __forceinline__ void warpgroup_sync(u32 thread) { asm volatile("bar.sync %0, 128;" ::"r"(1 + (thread >> 7)) : "memory"); }
 
 struct Ring {
   u32 slot, parity;
@@ -169,18 +194,20 @@ struct Ring {
 
 // The buffers as a consumer warp goes through them, each once.
 struct Buffers {
-  u32 smem, before;
   Ring ring;
-  bool any;
+  bool any; // a buffer of the tile has been opened
 
   // Shared address of the next buffer, once it is there.
   __device__ __forceinline__ u32 open() const {
+    const u32 smem = shared_address(dynamic);
     barrier_wait(smem + BARRIERS_AT + 8 * ring.slot, ring.parity);
     return smem + ring.slot * STAGE_BYTES;
   }
 
-  __device__ __forceinline__ void release(u32 slot) const {
-    const u32 empty = smem + BARRIERS_AT + 8 * (STAGES + slot), lane = threadIdx.x & 31;
+  // Gives back the buffer before that of the ring.
+  __device__ __forceinline__ void release() const {
+    const u32 slot = (ring.slot == 0 ? STAGES : ring.slot) - 1;
+    const u32 empty = shared_address(dynamic) + BARRIERS_AT + 8 * (STAGES + slot), lane = threadIdx.x & 31;
 #if CLUSTER == 1
     if (lane == 0) barrier_arrive(empty);
 #else
@@ -193,8 +220,7 @@ struct Buffers {
   __device__ __forceinline__ void close(bool first, bool last) {
     wait_products<1>();
     if (first) {
-      if (any) release(before);
-      before = ring.slot;
+      if (any) release();
       any = true;
     }
     if (last) ring.advance();
@@ -202,24 +228,28 @@ struct Buffers {
 
   __device__ __forceinline__ void finish() {
     wait_products<0>();
-    if (any) release(before);
+    if (any) release();
     any = false;
   }
 };
 
 // Tiles in the order in which the clusters take them.
 struct Schedule {
-  int row_groups, token_tiles, at;
+  int at;
 
-  __device__ __forceinline__ explicit Schedule(const Params& p)
-      : row_groups((p.rows + TILE_ROWS * CLUSTER - 1) / (TILE_ROWS * CLUSTER)), token_tiles((p.m + TILE_TOKENS - 1) / TILE_TOKENS),
-        at(blockIdx.x / CLUSTER) {}
+  __device__ __forceinline__ Schedule() : at(blockIdx.x / CLUSTER) {}
 
-  __device__ __forceinline__ bool any() const { return at < row_groups * token_tiles; }
+  static __device__ __forceinline__ int row_groups_of(const Params& p) {
+    return (p.rows + TILE_ROWS * CLUSTER - 1) / (TILE_ROWS * CLUSTER);
+  }
+  static __device__ __forceinline__ int token_tiles_of(const Params& p) { return (p.m + TILE_TOKENS - 1) / TILE_TOKENS; }
+
+  __device__ __forceinline__ bool any(const Params& p) const { return at < row_groups_of(p) * token_tiles_of(p); }
   __device__ __forceinline__ void advance() { at += gridDim.x / CLUSTER; }
 
-  __device__ __forceinline__ void place(int& row, int& token) const {
+  __device__ __forceinline__ void place(const Params& p, int& row, int& token) const {
     constexpr int BAND = (BAND_TOKENS + TILE_TOKENS - 1) / TILE_TOKENS;
+    const int row_groups = row_groups_of(p), token_tiles = token_tiles_of(p);
     const int first = at / (BAND * row_groups) * BAND, width = min(BAND, token_tiles - first), within = at - first * row_groups;
     token = (first + within % width) * TILE_TOKENS;
     row = (within / width * CLUSTER + blockIdx.x % CLUSTER) * TILE_ROWS;
@@ -238,9 +268,9 @@ struct Piece {
   }
 };
 
-__device__ __forceinline__ void fetch_chunk(const Params& p, u32 buffer, int token, int row) {
+__device__ __forceinline__ void fetch_chunk(const Params& p, u32 thread, u32 buffer, int token, int row) {
 #pragma unroll
-  for (int i = threadIdx.x & 127; i < CHUNK_TOKENS * 8; i += 128) {
+  for (int i = thread & 127; i < CHUNK_TOKENS * 8; i += 128) {
     const Piece piece(buffer, i);
     const int n = token + piece.token, r = row + piece.column;
     u16 v[8] = {};
@@ -257,9 +287,9 @@ __device__ __forceinline__ void fetch_chunk(const Params& p, u32 buffer, int tok
   }
 }
 
-__device__ __forceinline__ void write_chunk(const Params& p, u32 buffer, int token, int row) {
+__device__ __forceinline__ void write_chunk(const Params& p, u32 thread, u32 buffer, int token, int row) {
 #pragma unroll
-  for (int i = threadIdx.x & 127; i < CHUNK_TOKENS * 8; i += 128) {
+  for (int i = thread & 127; i < CHUNK_TOKENS * 8; i += 128) {
     const Piece piece(buffer, i);
     const int n = token + piece.token, r = row + piece.column;
     if (n >= p.m || r >= p.rows) continue;
@@ -297,55 +327,82 @@ struct Scales {
   }
 };
 
+// The bias of a lane's sums.
+struct Bias {
+  float values[M_BLOCKS][2] = {};
+
+  // `row` is that of the warpgroup's first sum.
+  __device__ __forceinline__ void load(const Params& p, u32 thread, int row) {
+#pragma unroll
+    for (int mb = 0; mb < M_BLOCKS; ++mb)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int mine = row + mb * 64 + (thread >> 5 & 3) * 16 + (thread >> 2 & 7) + half * 8;
+        values[mb][half] = p.bias && mine < p.rows ? to_float(p.bias[mine]) : 0.0f;
+      }
+  }
+};
+
 // Rounds the tile's sums and writes them to y: a warp's fragments of yᵀ are stored transposed into chunks of shared memory, of which
-// whole lines of y are written. `row` and `token` are the place of the warpgroup's first sum, `slot` the chunk that is next in turn.
-__device__ __forceinline__ void store_tile(const Params& p, u32 staging, const Sum (&d)[M_BLOCKS][N_TILES][4], int row, int token,
-                                           u32& slot) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3;
+// whole lines of y are written. `row` and `token` are the place of the warpgroup's first sum. Tensor cores idle until the sums are in
+// shared memory: what few products need stands in code of its own.
+template <bool RESIDUAL, bool RELU>
+__device__ __forceinline__ void store_tile(const Params& p, u32 thread, u32 staging, const Sum (&d)[M_BLOCKS][N_TILES][4], const Bias& bias,
+                                           int row, int token) {
+  constexpr int TURNS = BLOCK_CHUNKS / LEAVING, PLACES = STORES / LEAVING, TURN_TOKENS = LEAVING * CHUNK_TOKENS;
+  const int lane = thread & 31, warp = thread >> 5 & 3;
   // Of the four 8 x 8 matrices that a warp moves at a time: activation row and chunk of 16 bytes for which the lane gives the address.
   const u32 from = (lane >> 4) * 8 + (lane & 7), at = from * 128 + ((warp * 2 + (lane >> 3 & 1)) ^ (lane & 7)) * 16;
+  // The sums of the tile before have left, mostly long ago.
+#if TENSOR_STORES
+  if ((thread & 127) == 0) wait_stores<0>();
+#endif
+  warpgroup_sync(thread);
 #pragma unroll
   for (int mb = 0; mb < M_BLOCKS; ++mb) {
-    const int first = row + mb * 64, mine = first + warp * 16 + (lane >> 2);
+    const int first = row + mb * 64;
     if (first >= p.rows) return;
-    float bias[2] = {0.0f, 0.0f};
-    if (p.bias) {
-      if (mine < p.rows) bias[0] = to_float(p.bias[mine]);
-      if (mine + 8 < p.rows) bias[1] = to_float(p.bias[mine + 8]);
-    }
-    const Scales scales(p, mine);
+    const Scales scales(p, first + warp * 16 + (lane >> 2));
 #pragma unroll
-    for (int chunk = 0; chunk < TILE_TOKENS / CHUNK_TOKENS; ++chunk) {
-      const int n = token + chunk * CHUNK_TOKENS;
-      if (n >= p.m) break;
-      const u32 buffer = staging + slot * (CHUNK_TOKENS * 128);
-      if (++slot == STORES) slot = 0;
-      // What was in the chunk has left it.
+    for (int within = 0; within < TURNS; ++within) {
+      const int turn = mb * TURNS + within, begin = token + within * TURN_TOKENS;
+      // Groups of stores are counted in turns, also behind the last activation row.
+      const bool any = begin < p.m;
+      const u32 place = staging + turn % PLACES * (TURN_TOKENS * 128);
+      // What was there has left.
+      if (turn >= PLACES) {
 #if TENSOR_STORES
-      if ((threadIdx.x & 127) == 0) wait_stores<STORES - 1>();
+        if ((thread & 127) == 0) wait_stores<PLACES - 1>();
 #endif
-      warpgroup_sync();
-      if (p.residual) {
-        fetch_chunk(p, buffer, n, first);
-        warpgroup_sync();
+        warpgroup_sync(thread);
+      }
+      const int present = any ? min(LEAVING, (p.m - begin + CHUNK_TOKENS - 1) / CHUNK_TOKENS) : 0;
+      if (RESIDUAL) {
+#pragma unroll 1
+        for (int i = 0; i < present; ++i)
+          fetch_chunk(p, thread, place + i * (CHUNK_TOKENS * 128), begin + i * CHUNK_TOKENS, first);
+        warpgroup_sync(thread);
       }
 #pragma unroll
-      for (int pair = 0; pair < CHUNK_TOKENS / 16; ++pair) {
-        const u32 address = buffer + pair * (16 * 128) + at;
-        u32 held[4] = {0, 0, 0, 0}, v[4];
-        if (p.residual)
+      for (int pair = 0; pair < TURN_TOKENS / 16; ++pair) {
+        const u32 address = place + pair * (16 * 128) + at;
+        u32 held[4], v[4];
+        if (RESIDUAL)
           asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                        : "=r"(held[0]), "=r"(held[1]), "=r"(held[2]), "=r"(held[3])
                        : "r"(address)
                        : "memory");
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int nt = chunk * (CHUNK_TOKENS / 8) + pair * 2 + i / 2;
+          const int nt = within * (TURN_TOKENS / 8) + pair * 2 + i / 2;
           const float2 sums = scales.apply(p, d[mb][nt], i % 2, token + nt * 8);
-          float low = sums.x + bias[i % 2], high = sums.y + bias[i % 2];
-          if (p.relu) low = fmaxf(low, 0.0f), high = fmaxf(high, 0.0f);
-          if (p.residual) low += to_float((u16)held[i]), high += to_float((u16)(held[i] >> 16));
-          v[i] = pack_pair(low, high);
+          const float add = BIAS_FIRST ? 0.0f : bias.values[mb][i % 2];
+          float low = BIAS_FIRST ? sums.x : sums.x + add, high = BIAS_FIRST ? sums.y : sums.y + add;
+          if (RESIDUAL) {
+            if (p.relu) low = fmaxf(low, 0.0f), high = fmaxf(high, 0.0f);
+            low += to_float((u16)held[i]), high += to_float((u16)(held[i] >> 16));
+          }
+          v[i] = RELU ? pack_pair_relu(low, high) : pack_pair(low, high);
         }
         asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]),
                      "r"(v[2]), "r"(v[3])
@@ -353,15 +410,20 @@ __device__ __forceinline__ void store_tile(const Params& p, u32 staging, const S
       }
 #if TENSOR_STORES
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-      warpgroup_sync();
+#endif
+      warpgroup_sync(thread);
+#if TENSOR_STORES
       if (p.y_vector) {
-        if ((threadIdx.x & 127) == 0) tensor_store(p.y_map, buffer, first, n);
+        if ((thread & 127) == 0) {
+          if (any) tensor_store(p.y_map, place, first, begin);
+          commit_stores();
+        }
         continue;
       }
-#else
-      warpgroup_sync();
 #endif
-      write_chunk(p, buffer, n, first);
+#pragma unroll 1
+      for (int i = 0; i < present; ++i)
+        write_chunk(p, thread, place + i * (CHUNK_TOKENS * 128), begin + i * CHUNK_TOKENS, first);
     }
   }
 }
@@ -454,9 +516,9 @@ __device__ __forceinline__ void produce(const Params& p, u32 smem, int begin, in
   const u64 policy = activation_policy();
   Ring ring = {0, 1};
   wait_predecessor();
-  for (Schedule tiles(p); tiles.any(); tiles.advance()) {
+  for (Schedule tiles; tiles.any(p); tiles.advance()) {
     int row, token;
-    tiles.place(row, token);
+    tiles.place(p, row, token);
     for (int stage = begin * (UNIT / STAGE_COLUMNS); stage < (begin + rounds) * (UNIT / STAGE_COLUMNS); ++stage) {
       const u32 buffer = smem + ring.slot * STAGE_BYTES, barrier = full + 8 * ring.slot;
       barrier_wait(empty + 8 * ring.slot, ring.parity);
@@ -479,22 +541,37 @@ __device__ __forceinline__ void produce(const Params& p, u32 smem, int begin, in
 
 template <class Weights>
 __device__ __forceinline__ void consume(const Params& p, int begin, int rounds) {
-  const u32 smem = shared_address(dynamic), warpgroup = threadIdx.x >> 7;
-  const int above = warpgroup * (64 * M_BLOCKS), fragment = above / 16 + (threadIdx.x >> 5 & 3);
-  Buffers buffers = {smem, 0, {0, 0}, false};
-  Weights weights(p, smem, fragment, begin, rounds);
-  Schedule tiles(p);
-  if (!tiles.any()) return;
+  const u32 smem = shared_address(dynamic);
+  // Of the warpgroup: rows of the tile before its own; of the warp: its row tile of 16.
+  const auto above = [](u32 thread) { return (int)(thread >> 7) * (64 * M_BLOCKS); };
+  const auto fragment = [&](u32 thread) { return above(thread) / 16 + (int)(thread >> 5 & 3); };
+  Buffers buffers = {{0, 0}, false};
+  Weights weights(p, smem, fragment(threadIdx.x), begin, rounds);
+  Schedule tiles;
+  if (!tiles.any(p)) return;
   int row, token;
-  tiles.place(row, token);
-  weights.start(p, row / 16 + fragment, begin);
+  tiles.place(p, row, token);
+  weights.start(p, row / 16 + fragment(threadIdx.x), begin);
+  Bias bias;
+  if (BIAS_FIRST) bias.load(p, threadIdx.x, row + above(threadIdx.x));
   bool first = true;
-#if SPLITS == 1
-  u32 slot = 0;
-#endif
   while (true) {
-    Sum d[M_BLOCKS][N_TILES][4] = {};
+    Sum d[M_BLOCKS][N_TILES][4];
+#pragma unroll
+    for (int i = 0; i < M_BLOCKS * N_TILES * 4; ++i)
+      d[i / 4 / N_TILES][i / 4 % N_TILES][i % 4] = BIAS_FIRST ? (Sum)bias.values[i / 4 / N_TILES][i % 4 / 2] : (Sum)0;
     weights.multiply_all(d, p, buffers, rounds);
+    // From here on the place of the tile is found anew.
+    const u32 thread = read_thread();
+    asm volatile("" : "+r"(tiles.at));
+    tiles.place(p, row, token);
+#if SPLITS == 1
+    const int done_row = row + above(thread), done_token = token;
+    if (!BIAS_FIRST) bias.load(p, thread, done_row);
+    tiles.advance();
+    const bool more = tiles.any(p);
+    if (more) tiles.place(p, row, token);
+#endif
     buffers.finish();
     // Nothing that reads the sums may move up before the wait.
 #pragma unroll
@@ -508,22 +585,24 @@ __device__ __forceinline__ void consume(const Params& p, int begin, int rounds) 
     first = false;
 #if SPLITS > 1
     cluster_sync();
-    collect(p, (float*)dynamic, d, above, row, token);
+    collect(p, (float*)dynamic, d, above(thread), row, token);
     cluster_sync();
     reduce_and_store(p, (const float*)dynamic, row, token);
     return;
 #else
-    const int done_row = row, done_token = token;
-    tiles.advance();
-    const bool more = tiles.any();
-    if (more) {
-      tiles.place(row, token);
-      weights.start(p, row / 16 + fragment, begin);
-    }
-    store_tile(p, smem + STAGING_AT + warpgroup * STAGING_BYTES, d, done_row + above, done_token, slot);
+    if (more) weights.start(p, row / 16 + fragment(thread), begin);
+    const Bias own = bias;
+    if (BIAS_FIRST && more) bias.load(p, thread, row + above(thread));
+    const u32 staging = smem + STAGING_AT + (thread >> 7) * STAGING_BYTES;
+    if (p.residual)
+      store_tile<true, false>(p, thread, staging, d, own, done_row, done_token);
+    else if (p.relu)
+      store_tile<false, true>(p, thread, staging, d, own, done_row, done_token);
+    else
+      store_tile<false, false>(p, thread, staging, d, own, done_row, done_token);
     if (more) continue;
 #if TENSOR_STORES
-    if ((threadIdx.x & 127) == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+    if ((thread & 127) == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 #endif
     return;
 #endif
@@ -533,7 +612,7 @@ __device__ __forceinline__ void consume(const Params& p, int begin, int rounds) 
 template <class Weights>
 __device__ __forceinline__ void prefill(const Params& p) {
   const u32 smem = shared_address(dynamic);
-  const int split = blockIdx.y;
+  const int split = SPLITS > 1 ? blockIdx.y : 0;
   const int begin = (int)((long long)p.units * split / SPLITS), rounds = (int)((long long)p.units * (split + 1) / SPLITS) - begin;
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; ++s) {

@@ -10,15 +10,15 @@ struct Sequence {
 
   // `fragment` is the warp's row tile of every tile of the block, of which it has `rounds` units from `begin` on.
   __device__ __forceinline__ Sequence(const Params& p, int fragment, int begin, int rounds)
-      : tiles(p), fragment(fragment), begin(begin), rounds(rounds) {
+      : fragment(fragment), begin(begin), rounds(rounds) {
     enter(p);
   }
 
   __device__ __forceinline__ void enter(const Params& p) {
-    any = tiles.any();
+    any = tiles.any(p);
     if (!any) return;
     int row, token;
-    tiles.place(row, token);
+    tiles.place(p, row, token);
     // Tiles behind the last row read the last tile again; their sums are not stored.
     unit = (size_t)min(row / 16 + fragment, (p.rows + 15) / 16 - 1) * p.units + begin;
     left = rounds;
