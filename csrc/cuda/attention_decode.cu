@@ -12,6 +12,7 @@
 //
 // Macros: ELEMENT, the type of everything; HEAD_SIZE; WARPS of a block; UNROLL, positions that each group has in flight;
 // MIN_BLOCKS that must fit one multiprocessor (bounds the registers).
+#include "ahead.cuh"
 #include "gather.cuh"
 #include "softmax.cuh"
 
@@ -36,6 +37,7 @@ struct Params {
   void* out;          // (batch, heads, HEAD_SIZE)
   int heads, capacity;
   float scale; // of the scores
+  Ahead ahead; // of the kernel behind this one
 };
 
 // Whether lane `in_group` of a group has a vector j.
@@ -150,6 +152,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_deco
         prefetch(k_at + u * STEP * ROW_VECTORS + j * LANES);
         prefetch(v_at + u * STEP * ROW_VECTORS + j * LANES);
       }
+  if (lane == 0) fetch_for_next(p.ahead, ((int)blockIdx.x * parts + (int)blockIdx.y) * WARPS + warp, (int)gridDim.x * parts * WARPS);
   wait_predecessor();
 
   const int now = load_length(p.lengths + row);

@@ -32,6 +32,7 @@ __all__ = [
     "MAX_ROWS",
     "UNIT",
     "Gpu",
+    "Params",
     "Source",
     "StreamSource",
     "Streams",
@@ -50,7 +51,7 @@ __all__ = [
 _ARRANGE_THREADS = 256
 
 
-class _Params(ctypes.Structure):
+class Params(ctypes.Structure):
     """``Params`` of decode_common.cuh."""
 
     _fields_ = (
@@ -59,13 +60,11 @@ class _Params(ctypes.Structure):
     )
 
 
-def kernel_params(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor, units: int, relu: bool
-) -> ctypes.Structure:
+def kernel_params(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor, units: int, relu: bool) -> Params:
     """``Params`` of decode_common.cuh for a kernel that takes all of x (m, columns), 16-byte aligned rows, at once; y is (..., rows)."""
     rows = y.shape[-1]
     stored = (y.data_ptr(), *(t.data_ptr() for t in (bias, residual) if t is not None))
-    return _Params(
+    return Params(
         weight.data_ptr(),
         None,
         x.data_ptr(),
@@ -116,14 +115,14 @@ class Streams:
     """Units are 256 / parts columns."""
 
 
-def _arrange(source: WarpgroupSource, tile: Tile, params: _Params, x: Tensor, subtiles: int, warps: int, here: Gpu, device: int) -> Tensor:
+def _arrange(source: WarpgroupSource, tile: Tile, params: Params, x: Tensor, subtiles: int, warps: int, here: Gpu, device: int) -> Tensor:
     """The image of the activations that ``params`` describes, ``subtiles`` of 64 columns, as csrc/cuda/arrange.cu lays it out.
 
     Behind it lies the workspace that ``warps`` of decode_stream.cu share, its flags cleared.
     """
     image_bytes = subtiles * 8 * tile.n_tiles * 128
     image = torch.empty(image_bytes + whole_lines(4 * warps) + warps * tile.n_tiles * 512, dtype=torch.uint8, device=x.device)
-    arranged = _Params.from_buffer_copy(params)
+    arranged = Params.from_buffer_copy(params)
     arranged.y, arranged.units, arranged.rows = image.data_ptr(), subtiles, warps
     function = cuda.load("arrange.cu", "arrange", here.arch, arrange_macros(source, tile))
     blocks = -(-subtiles * 8 * params.m // _ARRANGE_THREADS)
@@ -188,7 +187,7 @@ def run_decode(
         if isinstance(source, StreamSource):
             x_buffers = source.x_buffers(tile, count, depth, units, here)
             shared = source.shared_bytes(tile, count, depth, x_buffers)
-        params = _Params(
+        params = Params(
             weight.data_ptr(),
             offsets,
             pointer + first * stride * itemsize,

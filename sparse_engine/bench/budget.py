@@ -29,6 +29,7 @@ _WHOLE_OF = {
 }
 """What kernels do that do the same wherever they stand."""
 
+_FIRST = "LayerNorm and fc1 product"
 _STEPS = 20
 
 
@@ -48,6 +49,13 @@ def roles(names: Iterable[str]) -> list[str]:
         known = next((whole for start, whole in _WHOLE_OF.items() if name.startswith(start)), None)
         if known is not None:
             role = known
+        elif name.startswith("decode_row"):
+            # With a LayerNorm behind a product onto the state, without one behind attention and behind the network's first product.
+            if role not in ("attention", _FIRST):
+                norms += 1
+                role = "LayerNorm and qkv product" if norms % 2 else _FIRST
+            else:
+                role = "out product" if role == "attention" else "fc2 product"
         elif name.startswith("layer_norm"):
             role, norms = "LayerNorm", norms + 1
         elif name == "head":
@@ -56,6 +64,8 @@ def roles(names: Iterable[str]) -> list[str]:
             role = "qkv product" if norms % 2 else "fc1 and fc2 products"
         elif role == "attention":
             role = "out product"
+        elif role == _FIRST:
+            role = "fc2 product"
         found.append(role)
     # Behind the last layer stands one LayerNorm more, and then the head.
     if norms % 2 and "choice of the token" in found and "head" not in found:

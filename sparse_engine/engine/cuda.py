@@ -1,8 +1,9 @@
 """The decoder on an NVIDIA GPU: a whole step, the choice of the token included, is one CUDA graph per batch bucket and choice.
 
-The graph of a single row may hold other kernels than that of more rows: two for each layer (:mod:`sparse_engine.engine.halves`) or one for
-the whole step (:mod:`sparse_engine.engine.whole`), where the model has such a step that was measured to be faster, or where the environment
-variable SPARSE_ENGINE_STEP says so.
+The graph of a single row may hold other kernels than that of more rows: one for each product, its LayerNorm included
+(:mod:`sparse_engine.engine.rows`), two for each layer (:mod:`sparse_engine.engine.halves`) or one for the whole step
+(:mod:`sparse_engine.engine.whole`), where the model has such a step that was measured to be faster, or where the environment variable
+SPARSE_ENGINE_STEP says so.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from sparse_engine.engine.halves import half_layers
 from sparse_engine.engine.kernels import DecodeState, Embedding, embed
 from sparse_engine.engine.kernels.decode_model import WholeStep
 from sparse_engine.engine.kernels.half_layers import HalfLayers
+from sparse_engine.engine.kernels.row_layers import RowLayers
+from sparse_engine.engine.rows import row_layers
 from sparse_engine.engine.runner import Cache, Runner
 from sparse_engine.engine.weights import DecoderWeights
 from sparse_engine.engine.whole import whole_step
@@ -29,7 +32,8 @@ from sparse_engine.errors import InputError
 __all__ = ["KEPT_CACHES", "VARIABLE", "CudaRunner"]
 
 VARIABLE = "SPARSE_ENGINE_STEP"
-"""Environment variable: "auto" (default), "half-layers" or "one-kernel" (refuse a model that has no such step), or "kernels" (neither)."""
+"""Environment variable: "auto" (default), "kernels" (none of these), or "rows", "half-layers" or "one-kernel", which refuse a model that
+has no such step."""
 
 _FASTER: dict[int, tuple[int, ...]] = {4: (), 8: ()}
 """By the pattern's group, widths of models whose step in one kernel was faster than its kernels one by one: none so far.
@@ -43,6 +47,13 @@ _FASTER_HALVES: dict[int, tuple[int, ...]] = {4: (768,), 8: (768,)}
 """By the pattern's group, widths of models whose layers in two kernels each were faster than the other forms on an H200.
 
 In µs of a step: 137 and 162 (125M, 2:4), 170 and 246 (125M, 4:8); not faster were 696 and 623 (1.3B, 2:4).
+"""
+
+_FASTER_ROWS: dict[int, tuple[int, ...]] = {4: (2048, 4096, 5120), 8: ()}
+"""By the pattern's group, widths of models whose single rows were faster product by product, with LayerNorms inside, on an H200, and the
+width between that fills the GPU as well by the same rules; 4:8 has not been measured.
+
+In ms of a step behind a prompt of 512 tokens: 0.57 and 0.64 (1.3B, 2:4), 3.87 and 4.01 (13B, 2:4).
 """
 
 KEPT_CACHES = 2
@@ -60,7 +71,8 @@ class CudaRunner(Runner):
     """
     Attributes:
         whole: the step in one kernel that serves single rows, or None where the model has none.
-        halves: the layers in two kernels each that serve single rows, or None where the model has none or has ``whole``.
+        layers: the layers in two kernels each, or product by product, that serve single rows, or None where the model has none or
+            has ``whole``.
     """
 
     name = "cuda graphs"
@@ -70,12 +82,14 @@ class CudaRunner(Runner):
         # Steps of one model never run at once and leave nothing but the state: their graphs share their memory.
         self._pool = torch.cuda.graph_pool_handle()
         self._kept: OrderedDict[tuple[int, int], _Captured] = OrderedDict()
-        self.whole, self.halves = _single(self.weights)
+        self.whole, self.layers = _single(self.weights)
 
     def path(self, batch: int) -> str:
-        if batch > 1 or (self.whole is None and self.halves is None):
+        if batch > 1 or (self.whole is None and self.layers is None):
             return self.name
-        return "one kernel per step" if self.whole is not None else "two kernels per layer"
+        if self.whole is not None:
+            return "one kernel per step"
+        return "two kernels per layer" if isinstance(self.layers, HalfLayers) else "a kernel per product"
 
     def batch_bucket(self, batch: int) -> int:
         return next(bucket for bucket in _BUCKETS if bucket >= batch)
@@ -101,11 +115,11 @@ class CudaRunner(Runner):
     def logits(self, cache: Cache) -> Tensor:
         if cache.batch == 1 and self.whole is not None:
             return self.whole(cache.k, cache.v, cache.state, greedy=False)
-        if cache.batch == 1 and self.halves is not None:
+        if cache.batch == 1 and self.layers is not None:
             w, state = self.weights, cache.state
             h = self._empty(1, w.hidden)
             embed(state.tokens, state.lengths, Embedding(w.tokens, w.positions, h))
-            return w.head(self.halves(h, cache.k, cache.v, state.lengths))
+            return w.head(self.layers(h, cache.k, cache.v, state.lengths))
         return super().logits(cache)
 
     def _once(self, cache: Cache, choice: Choice) -> None:
@@ -140,27 +154,38 @@ class CudaRunner(Runner):
         return graph
 
 
-def _single(weights: DecoderWeights) -> tuple[WholeStep | None, HalfLayers | None]:
-    """What serves single rows: a step in one kernel, or layers in two, or neither."""
+def _single(weights: DecoderWeights) -> tuple[WholeStep | None, HalfLayers | RowLayers | None]:
+    """What serves single rows: a step in one kernel, or layers in few, or neither."""
     wanted = os.environ.get(VARIABLE) or "auto"
-    if wanted not in ("auto", "half-layers", "one-kernel", "kernels"):
-        raise InputError(f"{VARIABLE} is {wanted!r}: use auto, half-layers, one-kernel or kernels")
+    if wanted not in ("auto", "rows", "half-layers", "one-kernel", "kernels"):
+        raise InputError(f"{VARIABLE} is {wanted!r}: use auto, rows, half-layers, one-kernel or kernels")
     if wanted == "kernels":
         return None, None
-    if wanted != "one-kernel":
+    if wanted in ("auto", "half-layers"):
         halves = half_layers(weights)
         if not isinstance(halves, str) and (wanted == "half-layers" or weights.hidden in _FASTER_HALVES[halves.dimensions.group]):
             return None, halves
         if wanted == "half-layers":
-            raise InputError(f"{VARIABLE} asks for layers in two kernels, and the model {halves}; auto runs its kernels one by one")
-    made = whole_step(weights)
-    if isinstance(made, str):
-        if wanted == "one-kernel":
-            raise InputError(f"{VARIABLE} asks for a step in one kernel, and the model {made}; auto runs its kernels one by one")
+            raise _refused("layers in two kernels", str(halves))
+    if wanted in ("auto", "one-kernel"):
+        whole = whole_step(weights)
+        if not isinstance(whole, str):
+            # Measured with a head of 16-bit values.
+            faster = whole.tensors.head_scales is None and weights.hidden in _FASTER[whole.dimensions.group]
+            if wanted == "one-kernel" or faster:
+                return whole, None
+        elif wanted == "one-kernel":
+            raise _refused("a step in one kernel", whole)
+    rows = row_layers(weights)
+    if isinstance(rows, str):
+        if wanted == "rows":
+            raise _refused("a kernel per product", rows)
         return None, None
-    # Measured with a head of 16-bit values.
-    faster = made.tensors.head_scales is None and weights.hidden in _FASTER[made.dimensions.group]
-    return (made if wanted == "one-kernel" or faster else None), None
+    return None, rows if wanted == "rows" or weights.hidden in _FASTER_ROWS[rows.widths.group] else None
+
+
+def _refused(form: str, reason: str) -> InputError:
+    return InputError(f"{VARIABLE} asks for {form}, and the model {reason}; auto runs what it has")
 
 
 def _copy(value: Any) -> Any:

@@ -122,7 +122,7 @@ def test_parameters_match_the_source() -> None:
     body = re.search(r"struct Params \{(.*?)\};", header, re.S)
     assert body is not None
     declared = [name for line in re.sub(r"//.*", "", body[1]).split(";") for name in re.findall(r"[*\s](\w+)\s*(?:,|$)", line.strip())]
-    assert declared == [name for name, _ in cuda_decode._Params._fields_]
+    assert declared == [name for name, _ in cuda_decode.Params._fields_]
 
 
 PATTERN_OF = {"2:4": "2:4", "4:8": "4:8", "unstructured": "0.5"}

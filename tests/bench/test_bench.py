@@ -19,7 +19,7 @@ import torch
 from sparse_engine import cuda, native, registry, tuning
 from sparse_engine.bench import conditions, linear_gpu, read_floor, report, run
 from sparse_engine.bench import tune as bench_tune
-from sparse_engine.bench.budget import WHOLE, Span, budget, split_by_clocks
+from sparse_engine.bench.budget import WHOLE, Span, budget, roles, split_by_clocks
 from sparse_engine.bench.shapes import _random_groups
 from sparse_engine.bench.suite import FIELDS, Suite, key_of, wrong_field
 from sparse_engine.bench.timing import take_turns
@@ -560,6 +560,14 @@ def test_a_budget_charges_each_part_with_what_it_puts_off_the_end() -> None:
     assert sum(row["share"] for row in parts.values()) == pytest.approx(1, abs=1e-3)
     with pytest.raises(ValueError, match="two are needed"):
         budget(spans[1:])
+
+
+@pytest.mark.parametrize("onto", ["decode_row", "decode_nm"])
+def test_products_with_their_layer_norms_are_told_apart(onto: str) -> None:
+    layer = ["decode_row", "attention_decode", onto, "decode_row", onto]
+    of_layer = ["LayerNorm and qkv product", "attention", "out product", "LayerNorm and fc1 product", "fc2 product"]
+    found = roles(["embed", *layer, *layer, "layer_norm", "nvjet_head", "greedy"])
+    assert found == ["embedding", *of_layer, *of_layer, "LayerNorm", "head", "choice of the token"]
 
 
 def test_the_step_in_one_kernel_is_split_by_its_clocks() -> None:

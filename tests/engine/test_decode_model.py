@@ -187,5 +187,5 @@ def test_the_variable_decides(tiny_opt: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(InputError, match="asks for a step in one kernel, and the model computes in"):
         runner_for(small_opt("2:4", dtype=torch.float32).to("cuda").eval())
     monkeypatch.setenv(STEP, "two")
-    with pytest.raises(InputError, match="use auto, half-layers, one-kernel or kernels"):
+    with pytest.raises(InputError, match="use auto, rows, half-layers, one-kernel or kernels"):
         runner_for(small_opt("2:4").to("cuda").eval())

@@ -100,13 +100,13 @@ def test_a_step_matches_the_kernels_one_by_one(nm: str, dtype: torch.dtype, size
     model = small_opt(nm, dtype=dtype, **sizes).to("cuda").eval()
     runner = runner_for(model)
     assert isinstance(runner, CudaRunner)
-    assert runner.halves is not None
+    assert isinstance(runner.layers, kernels.HalfLayers)
     for prompt in (1, 2, 63, 64, 65, 200, 513, 600):
         session = admitted(runner, prompt, 8)
         for _ in range(3):
             before, cache = copied(session.cache), session.cache
-            runner.halves._sums.fill_(float("nan"))
-            runner.halves._states.fill_(float("nan"))
+            runner.layers._sums.fill_(float("nan"))
+            runner.layers._states.fill_(float("nan"))
             found = runner.logits(cache)
             expected = Runner.logits(runner, before)
             assert_same_step(found, cache, expected, before)
@@ -116,7 +116,7 @@ def test_a_step_matches_the_kernels_one_by_one(nm: str, dtype: torch.dtype, size
 @pytest.mark.gpu
 def test_generation_is_the_same_with_and_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "engine")
-    same_generation_with_and_without("halves", "two kernels per layer")
+    same_generation_with_and_without("layers", "two kernels per layer")
 
 
 @pytest.mark.gpu
@@ -159,5 +159,5 @@ def test_models_that_cannot_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
             runner_for(model)
     monkeypatch.setenv(STEP, "kernels")
     runner: Any = runner_for(small_opt("2:4").to("cuda").eval())
-    assert runner.halves is None
+    assert runner.layers is None
     assert runner.path(1) == "cuda graphs"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_engine.engine.kernels import launching
+from sparse_engine.engine.kernels.ahead import Ahead
 from sparse_engine.errors import InputError
 
 __all__ = ["MAX_HEAD_SIZE", "Split", "attention_decode", "attention_reference", "choose_split"]
@@ -48,6 +49,7 @@ class _Params(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("qkv", "k_cache", "v_cache", "lengths", "out")),
         *((name, ctypes.c_int) for name in ("heads", "capacity")),
         ("scale", ctypes.c_float),
+        ("ahead", Ahead),
     )
 
 
@@ -89,7 +91,15 @@ def attention_reference(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: 
 
 
 def attention_decode(
-    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, out: Tensor, scale: float, *, split: Split | None = None
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    out: Tensor,
+    scale: float,
+    *,
+    split: Split | None = None,
+    ahead: Ahead | None = None,
 ) -> None:
     """Append a token to the cache of each row, then attend from it over all the row has.
 
@@ -97,7 +107,7 @@ def attention_decode(
     the tokens that each cache holds already. k and v go to position lengths[b], and out (B, heads * D) becomes softmax(scale * q · Kᵀ) · V
     over positions 0 … lengths[b]. ``scale`` is 1 where q is scaled already. Caches are left-aligned: no position in use is padding.
     A row with lengths[b] = S, which only a finished row may have, reads its cache and appends nothing; its output has no meaning.
-    ``split`` overrides the launch's division of the work.
+    ``split`` overrides the launch's division of the work; ``ahead`` is what the next launch reads.
 
     Raises:
         InputError: shapes, types or devices do not fit, or D is not a multiple of 8 up to 256.
@@ -124,7 +134,7 @@ def attention_decode(
         return
     here = launching.gpu(qkv.device.index)
     split = split or choose_split(batch, heads, size, qkv.element_size(), capacity, here.processors, here.hopper)
-    params = _Params(*(t.data_ptr() for t in (qkv, k_cache, v_cache, lengths, out)), heads, capacity, scale)
+    params = _Params(*(t.data_ptr() for t in (qkv, k_cache, v_cache, lengths, out)), heads, capacity, scale, ahead or Ahead())
     launching.run(
         "attention_decode.cu",
         "attention_decode",

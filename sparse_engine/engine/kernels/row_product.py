@@ -1,0 +1,148 @@
+"""The product of one activation row, or of its LayerNorm, with a 2:4 or 4:8 weight in fragment order.
+
+csrc/cuda/decode_row.cu has the whole row in shared memory before its blocks go from row tile to row tile; csrc/cuda/decode_nm.cu brings it
+unit by unit, for rows so long that the products must not wait for all of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_engine.backends.cuda_decode import Params, kernel_params
+from sparse_engine.backends.cuda_sources import UNIT, Gpu, Tile, blocks_at_once, macros_of
+from sparse_engine.backends.cuda_tiles import MMA_24, MMA_48
+from sparse_engine.engine.kernels import launching
+from sparse_engine.engine.kernels.ahead import Ahead
+from sparse_engine.errors import InputError
+
+__all__ = ["WIDEST_NORM", "RowNorm", "RowProduct"]
+
+WIDEST_NORM = 8192
+"""Columns up to which layernorm.cu, whose results these are, has one vector for each of its threads."""
+_SOURCES = {4: MMA_24, 8: MMA_48}
+_ZERO_BYTES = 128
+
+
+@dataclass(frozen=True, slots=True)
+class RowNorm:
+    """A LayerNorm: scale and shift (columns,), and eps."""
+
+    scale: Tensor
+    shift: Tensor
+    eps: float
+
+
+class _Params(ctypes.Structure):
+    """``RowParams`` of csrc/cuda/decode_row.cu."""
+
+    _fields_ = (("product", Params), ("scale", ctypes.c_void_p), ("shift", ctypes.c_void_p), ("eps", ctypes.c_float), ("ahead", Ahead))
+
+
+@dataclass(frozen=True, slots=True)
+class RowProduct:
+    """How a weight (``rows``, ``columns``) is multiplied by one row.
+
+    Attributes:
+        group: 4 of a 2:4 pattern or 8 of 4:8.
+        tile: of one n-tile, row tile and warp along the rows, without splits.
+        normed: by the row's LayerNorm.
+        by_unit: through decode_nm.cu, which neither has LayerNorms nor asks for what the next launch reads.
+
+    Raises:
+        InputError: there is no such kernel.
+    """
+
+    rows: int
+    columns: int
+    group: int
+    dtype: torch.dtype
+    tile: Tile
+    normed: bool = False
+    by_unit: bool = False
+
+    def __post_init__(self) -> None:
+        if self.columns % UNIT or (self.normed and self.columns > WIDEST_NORM):
+            raise InputError(f"a row of {self.columns} columns: they are multiples of {UNIT}, with a LayerNorm up to {WIDEST_NORM}")
+        if self.normed and self.by_unit:
+            raise InputError("a LayerNorm of a row that comes unit by unit")
+
+    @property
+    def file(self) -> str:
+        return "decode_nm.cu" if self.by_unit else "decode_row.cu"
+
+    def macros(self) -> dict[str, int]:
+        """What the source is compiled with."""
+        own = {} if self.by_unit else {"COLS": self.columns, "NORMED": int(self.normed)}
+        return {**dict(macros_of(_SOURCES[self.group], self.tile, self.dtype)), **own}
+
+    def shared_bytes(self) -> int:
+        """Shared memory of a block: zeros, the row, with a LayerNorm its shifts and moments; sums of two tiles; what is added to them."""
+        if self.by_unit:
+            return _SOURCES[self.group].shared_bytes(self.tile, 1, 0)
+        norm = 2 * self.columns + -(-8 * (self.columns // UNIT) // 16) * 16 if self.normed else 0
+        return _ZERO_BYTES + 2 * self.columns + norm + 8 * self.tile.warps_k * (self.tile.block_rows + 4) + 4 * self.tile.block_rows
+
+    def blocks(self, here: Gpu) -> int:
+        """One for each row tile, or those that are resident at once, so that a block normalises the row once for several tiles."""
+        tiles = -(-self.rows // self.tile.block_rows)
+        return tiles if self.by_unit else min(tiles, here.processors * blocks_at_once(self.tile, self.shared_bytes(), here))
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        y: Tensor,
+        *,
+        norm: RowNorm | None = None,
+        relu: bool = False,
+        residual: Tensor | None = None,
+        ahead: Ahead | None = None,
+    ) -> None:
+        """y (1, rows) = x (1, columns), or its LayerNorm, by the weight, plus bias, then ReLU, then + ``residual``, which may be y.
+
+        ``ahead`` is what the next launch reads.
+
+        Raises:
+            InputError: shapes, types or devices do not fit.
+            KernelUnavailableError: the kernel cannot be compiled or launched.
+        """
+        shapes: list[tuple[str, Tensor, tuple[int, ...]]] = [("x", x, (1, self.columns)), ("y", y, (1, self.rows))]
+        shapes += [("the bias", bias, (self.rows,))] if bias is not None else []
+        shapes += [("the residual", residual, (1, self.rows))] if residual is not None else []
+        if norm is not None:
+            shapes += [("the LayerNorm's scale", norm.scale, (self.columns,)), ("its shift", norm.shift, (self.columns,))]
+        for name, tensor, shape in shapes:
+            launching.check(name, tensor, shape, self.dtype, weight.device)
+        extent = -(-self.rows // 16) * (self.columns // UNIT) * 9 * 32 * 16
+        nbytes = weight.numel() * weight.element_size()
+        if (norm is not None) != self.normed or nbytes != extent or not weight.is_contiguous():
+            kind = "a LayerNorm" if self.normed else "no LayerNorm"
+            raise InputError(f"a weight of {nbytes} bytes; {extent} are expected, and {kind}")
+        if self.by_unit and ahead is not None:
+            raise InputError("decode_nm.cu asks for nothing of what the next launch reads")
+        read = (x, weight, *((norm.scale, norm.shift) if norm is not None else ()))
+        if any(tensor.data_ptr() % 16 for tensor in read):
+            raise InputError("a row, its weight or its LayerNorm does not begin at a multiple of 16 bytes")
+        product = kernel_params(x, weight, bias, residual, y, self.columns // UNIT, relu)
+        params = _Params(
+            product,
+            norm.scale.data_ptr() if norm is not None else None,
+            norm.shift.data_ptr() if norm is not None else None,
+            norm.eps if norm is not None else 0.0,
+            ahead or Ahead(),
+        )
+        launching.run(
+            self.file,
+            self.file.removesuffix(".cu"),
+            self.macros(),
+            (self.blocks(launching.gpu(weight.device.index)), 1),
+            32 * self.tile.warps_k,
+            product if self.by_unit else params,
+            weight.device,
+            shared_bytes=self.shared_bytes(),
+        )
