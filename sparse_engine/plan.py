@@ -35,22 +35,39 @@ def kernels_for(problem: Problem, backend: str | None = None, policy: Policy = U
         KernelUnavailableError: ``backend``, or every kernel, rejects one of the problems.
     """
     kernels = registry.all_kernels()
+    in_place = {name for name, kernel in kernels.items() if kernel.in_place}
     table: list[dict[str, Verdict]] = []
+    dense: list[dict[str, Verdict]] = []
     for rows in registry.ROW_BUCKETS:
         asked = problem.with_rows(rows)
         verdicts = registry.explain(asked, policy)
         if backend is not None or not verdicts[0].chosen:
             name = registry.select(asked, backend, policy).name
             table.append({name: next(v for v in verdicts if v.kernel == name)})
+            dense.append({})
         else:
             table.append(_as_good(verdicts, rows))
-    in_place = {name for name, kernel in kernels.items() if kernel.in_place}
-    names = fewest_layouts([{name: _time(v) for name, v in row.items()} for row in table], in_place)
+            limit = max(map(_time, table[-1].values()))
+            dense.append({} if policy.forbids(asked) else {v.kernel: v for v in _measured_dense(verdicts) if _time(v) <= limit})
+    names = _names(table, in_place)
+    if any(kernels[name].keeps_dense for name in names):
+        # The copy that some numbers of rows are worth is there for the others as well.
+        table = [row | also for row, also in zip(table, dense, strict=True)]
+        names = _names(table, in_place)
     return [Step(rows, kernels[name], row[name]) for rows, name, row in zip(registry.ROW_BUCKETS, names, table, strict=True)]
+
+
+def _names(table: Sequence[Mapping[str, Verdict]], in_place: Set[str]) -> list[str]:
+    return fewest_layouts([{name: _time(v) for name, v in row.items()} for row in table], in_place)
 
 
 def _time(verdict: Verdict) -> float:
     return verdict.cost if verdict.cost is not None else 0.0
+
+
+def _measured_dense(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """Dense products, also those that alone would not be worth a copy of the weight."""
+    return [v for v in verdicts if registry.get(v.kernel).keeps_dense and v.source not in (None, ESTIMATE)]
 
 
 def _as_good(verdicts: Sequence[Verdict], rows: int) -> dict[str, Verdict]:
@@ -60,9 +77,8 @@ def _as_good(verdicts: Sequence[Verdict], rows: int) -> dict[str, Verdict]:
     """
     best = verdicts[0]
     limit = (SLACK if rows <= DECODE_ROWS else PROMPT_GAIN) * _time(best)
-    dense = [_time(v) for v in verdicts if registry.get(v.kernel).keeps_dense and v.source not in (None, ESTIMATE)]
-    if dense:
-        limit = min(limit, max(_time(best), dense_gain(rows) * min(dense)))
+    if dense := _measured_dense(verdicts):
+        limit = min(limit, max(_time(best), dense_gain(rows) * min(map(_time, dense))))
     return {v.kernel: v for v in verdicts if v.reason is None and (v.source == ESTIMATE) == (best.source == ESTIMATE) and _time(v) <= limit}
 
 

@@ -224,6 +224,17 @@ def test_prompts_alone_must_gain_more_from_a_layout_of_their_own() -> None:
 
 
 @pytest.mark.usefixtures("table")
+def test_a_dense_copy_that_is_held_serves_wherever_it_is_faster() -> None:
+    for rows in ROW_BUCKETS:
+        measure(rows, packed=10.0, other=30.0, dense=20.0)
+    measure(512, packed=10.5, dense=10.0)
+    assert {step.kernel.name for step in kernels_for(PROBLEM)} == {"packed"}
+    measure(64, packed=10.5, dense=10.0)
+    assert [step.rows for step in kernels_for(PROBLEM) if step.kernel.name == "dense"] == [64, 512]
+    assert {step.kernel.name for step in kernels_for(PROBLEM, policy=Policy("never"))} == {"packed"}
+
+
+@pytest.mark.usefixtures("table")
 def test_an_estimate_stands_in_for_no_measured_time() -> None:
     measure(1, packed=10.1)
     steps = kernels_for(PROBLEM)
