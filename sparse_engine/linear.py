@@ -68,6 +68,7 @@ class SparseLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
         self._plan: tuple[tuple[int, registry.Kernel, registry.Layout], ...] | None = None
         self._layout_owner: registry.Kernel | None = None
+        self._without: frozenset[str] = frozenset()
 
     @classmethod
     def from_packed(
@@ -118,7 +119,7 @@ class SparseLinear(nn.Module):
             policy = Policy.here(packed.tensors["values"].device, self.dense)
             steps: list[tuple[int, registry.Kernel, registry.Layout]] = []
             layouts: dict[str, registry.Layout] = {}
-            for step in plan.kernels_for(registry.Problem.of(packed, 1), self.backend, policy):
+            for step in plan.kernels_for(registry.Problem.of(packed, 1), self.backend, policy, without=self._without):
                 kernel = step.kernel
                 if kernel.name not in layouts:
                     layouts[kernel.name] = kernel.prepare(packed)
@@ -166,6 +167,8 @@ class SparseLinear(nn.Module):
             return None
         bias = None if first.bias is None else torch.cat([part.bias.detach() for part in parts if part.bias is not None])
         whole = cls.from_packed(stack([part.packed for part in parts]), bias, backend=first.backend, dense=first.dense)
+        # One product in a decode step is worth more than a prompt's by a library whose layout cannot be cut.
+        whole._without = frozenset(name for name, kernel in registry.all_kernels().items() if not kernel.in_place and not kernel.has_rows)
         steps = whole.plan()
         plans: list[tuple[tuple[int, registry.Kernel, registry.Layout], ...]] = []
         begin = 0

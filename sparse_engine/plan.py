@@ -27,8 +27,11 @@ class Step:
     verdict: Verdict
 
 
-def kernels_for(problem: Problem, backend: str | None = None, policy: Policy = UNLIMITED) -> list[Step]:
+def kernels_for(problem: Problem, backend: str | None = None, policy: Policy = UNLIMITED, *, without: Set[str] = frozenset()) -> list[Step]:
     """A step for each of :data:`registry.ROW_BUCKETS`: ``backend`` for all of them where it is given, else the registry's choice.
+
+    Args:
+        without: names of kernels that are no choice of the registry's here.
 
     Raises:
         InputError: no kernel is called ``backend``.
@@ -40,8 +43,8 @@ def kernels_for(problem: Problem, backend: str | None = None, policy: Policy = U
     dense: list[dict[str, Verdict]] = []
     for rows in registry.ROW_BUCKETS:
         asked = problem.with_rows(rows)
-        verdicts = registry.explain(asked, policy)
-        if backend is not None or not verdicts[0].chosen:
+        verdicts = [verdict for verdict in registry.explain(asked, policy) if backend is not None or verdict.kernel not in without]
+        if backend is not None or not verdicts or verdicts[0].reason is not None:
             name = registry.select(asked, backend, policy).name
             table.append({name: next(v for v in verdicts if v.kernel == name)})
             dense.append({})

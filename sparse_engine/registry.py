@@ -227,6 +227,11 @@ class Kernel(ABC):
         """
         raise KernelUnavailableError(f"{self.name} takes no activations that are levels")
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether :meth:`rows_of` ever gives a layout."""
+        return type(self).rows_of is not Kernel.rows_of
+
     def rows_of(self, layout: Layout, begin: int, end: int) -> Layout | None:
         """Views of ``layout`` that are the layout of output rows begin … end - 1 alone, or None where it cannot be cut there."""
         return None

@@ -235,6 +235,33 @@ def test_a_dense_copy_that_is_held_serves_wherever_it_is_faster() -> None:
 
 
 @pytest.mark.usefixtures("table")
+def test_a_kernel_may_be_no_choice_unless_it_is_forced() -> None:
+    for rows in ROW_BUCKETS:
+        measure(rows, packed=10.0, other=5.0, sparse=20.0)
+    assert {step.kernel.name for step in kernels_for(PROBLEM)} == {"other"}
+    assert {step.kernel.name for step in kernels_for(PROBLEM, without={"other"})} == {"packed"}
+    assert {step.kernel.name for step in kernels_for(PROBLEM, "other", without={"other"})} == {"other"}
+
+
+@pytest.mark.usefixtures("table")
+def test_layers_that_share_a_weight_have_no_kernel_whose_layout_cannot_be_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    fakes = registry.all_kernels()
+
+    class Cuttable(type(fakes["packed"])):  # type: ignore[misc]
+        def rows_of(self, layout: registry.Layout, begin: int, end: int) -> registry.Layout:
+            return {name: tensor[begin:end] for name, tensor in layout.items()}
+
+    monkeypatch.setattr(registry, "all_kernels", lambda: {**fakes, "packed": Cuttable()})
+    monkeypatch.setattr(Cuttable, "cost", lambda self, problem: 1.0)
+    monkeypatch.setattr(type(fakes["other"]), "cost", lambda self, problem: 0.5)
+    parts = [SparseLinear.from_packed(make_packed("2:4", SHAPE, BF16)) for _ in range(2)]
+    assert {kernel.name for _, kernel, _ in SparseLinear.from_packed(parts[0].packed).plan()} == {"other"}
+    whole = SparseLinear.stacked(parts)
+    assert whole is not None
+    assert {kernel.name for layer in (whole, *parts) for _, kernel, _ in layer.plan()} == {"packed"}
+
+
+@pytest.mark.usefixtures("table")
 def test_an_estimate_stands_in_for_no_measured_time() -> None:
     measure(1, packed=10.1)
     steps = kernels_for(PROBLEM)
