@@ -110,7 +110,8 @@ def generation(content: dict[str, Any]) -> str:
     made = table(["ms per token", *(_way(way) for way in ways)], body)
     if content["environment"].get("gpu"):
         made += _gains(found)
-    return made + "".join(f"\n{budget_table(each)}" for each in content.get("budgets", []))
+    budgets = content.get("budgets")
+    return f"{made}\n{budget_table(budgets)}" if budgets else made
 
 
 Found = dict[tuple[Any, ...], dict[str, Any]]
@@ -168,11 +169,14 @@ def _values(row: dict[str, Any]) -> str:
     return row["values"] + (", int8 head" if row.get("head", "bf16") == "int8" else "")
 
 
-def budget_table(found: dict[str, Any]) -> str:
-    """Where the microseconds of one step go."""
-    title = f"{found['model']}, {found['pattern']} {_values(found)}, batch {found['batch']}"
-    body = [[part["part"], str(part["kernels"]), f"{part['us']:.1f}", f"{part['share']:.0%}"] for part in found["parts"]]
-    return table([title, "kernels", "µs of a step", "share"], body)
+def budget_table(budgets: list[dict[str, Any]]) -> str:
+    """Where the microseconds of a step go, a row for each model and pattern; parts below one percent are left out."""
+    body = []
+    for found in budgets:
+        parts = [f"{part['part']} {part['us']:.0f} ({part['share']:.0%})" for part in found["parts"] if part["share"] >= 0.01]
+        step = f"{found['model']}, {found['pattern']} {_values(found)}, batch {found['batch']}"
+        body.append([step, f"{sum(part['us'] for part in found['parts']):.0f}", ", ".join(parts)])
+    return table(["kernels of a step", "µs", "where they go"], body)
 
 
 def study(content: dict[str, Any]) -> str:

@@ -50,10 +50,11 @@ In µs of a step: 137 and 162 (125M, 2:4), 170 and 246 (125M, 4:8); not faster w
 """
 
 _FASTER_ROWS: dict[int, tuple[int, ...]] = {4: (2048, 4096, 5120), 8: ()}
-"""By the pattern's group, widths of models whose single rows were faster product by product, with LayerNorms inside, on an H200, and the
-width between that fills the GPU as well by the same rules; 4:8 has not been measured.
+"""By the pattern's group, widths of models whose single rows were faster product by product, with LayerNorms inside, on an H200; 4:8 has
+not been measured.
 
-In ms of a step behind a prompt of 512 tokens: 0.57 and 0.64 (1.3B, 2:4), 3.87 and 4.01 (13B, 2:4).
+In ms of a token behind a prompt of 512 tokens: 0.58 and 0.62 (1.3B, 2:4), 3.83 and 3.90 (13B, 2:4); 2.06 (6.7B, 2:4) and 2.22 with q, k
+and v in products of their own.
 """
 
 KEPT_CACHES = 2
