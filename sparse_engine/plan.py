@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
@@ -49,7 +50,7 @@ def kernels_for(problem: Problem, backend: str | None = None, policy: Policy = U
             table.append({name: next(v for v in verdicts if v.kernel == name)})
             dense.append({})
         else:
-            table.append(_as_good(verdicts, rows))
+            table.append(_as_good(verdicts, rows, policy))
             limit = max(map(_time, table[-1].values()))
             dense.append({} if policy.forbids(asked) else {v.kernel: v for v in _measured_dense(verdicts) if _time(v) <= limit})
     names = _names(table, in_place)
@@ -73,15 +74,17 @@ def _measured_dense(verdicts: Sequence[Verdict]) -> list[Verdict]:
     return [v for v in verdicts if registry.get(v.kernel).keeps_dense and v.source not in (None, ESTIMATE)]
 
 
-def _as_good(verdicts: Sequence[Verdict], rows: int) -> dict[str, Verdict]:
+def _as_good(verdicts: Sequence[Verdict], rows: int, policy: Policy) -> dict[str, Verdict]:
     """The able kernels that may stand in for the chosen one, which is first; an estimate is no rival for a measured time.
 
-    None of them is slower than the dense product by more than the chosen one may be.
+    None of them is slower than the dense product by more than the chosen one may be, unless each weight is to be held once.
     """
     best = verdicts[0]
     limit = (SLACK if rows <= DECODE_ROWS else PROMPT_GAIN) * _time(best)
     if dense := _measured_dense(verdicts):
         limit = min(limit, max(_time(best), dense_gain(rows) * min(map(_time, dense))))
+    if policy.holds_once:
+        limit = math.inf
     return {v.kernel: v for v in verdicts if v.reason is None and (v.source == ESTIMATE) == (best.source == ESTIMATE) and _time(v) <= limit}
 
 

@@ -31,12 +31,17 @@ _KEPT_FREE = 0.5
 class Policy:
     """Where a dense copy is allowed.
 
-    ``dense`` is "never"; "always", wherever the dense product is measurably faster; or "auto", which is "always" as long as the copy
-    fits into ``room`` bytes.
+    ``dense`` is "never", and then no weight is held in two layouts either; "always", wherever the dense product is measurably faster; or
+    "auto", which is "always" as long as the copy fits into ``room`` bytes.
     """
 
     dense: Dense = "auto"
     room: float = math.inf
+
+    @property
+    def holds_once(self) -> bool:
+        """Whether a weight stays in one layout, however much faster another kernel's would make some products."""
+        return self.dense == "never"
 
     @classmethod
     def here(cls, device: torch.device, dense: str | None = None) -> Policy:

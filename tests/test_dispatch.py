@@ -262,6 +262,15 @@ def test_layers_that_share_a_weight_have_no_kernel_whose_layout_cannot_be_cut(mo
 
 
 @pytest.mark.usefixtures("table")
+def test_a_weight_is_held_once_where_copies_are_never_allowed() -> None:
+    for rows in ROW_BUCKETS:
+        measure(rows, packed=10.0, other=30.0, dense=20.0)
+    measure(512, packed=50.0, other=10.0)
+    assert {step.kernel.name for step in kernels_for(PROBLEM)} == {"packed", "other"}
+    assert {step.kernel.name for step in kernels_for(PROBLEM, policy=Policy("never"))} == {"packed"}
+
+
+@pytest.mark.usefixtures("table")
 def test_an_estimate_stands_in_for_no_measured_time() -> None:
     measure(1, packed=10.1)
     steps = kernels_for(PROBLEM)
