@@ -27,6 +27,8 @@ _X_BYTES = 128
 """Of a row of a buffer."""
 _CHUNK_BYTES = _CHUNK_TOKENS * 128
 _MOST_CHUNKS = 8
+_MOST_SUMS = 40
+"""Of a thread, in fours, that leave a consumer registers to spare."""
 _MOST_SHARED_BYTES = 232448
 """Of a block on Hopper."""
 CLOCKS_PER_US = 1.6e3
@@ -88,9 +90,14 @@ class PrefillSource:
         return max(2, min(left // (tile.consumers * _CHUNK_BYTES), tile.tokens // _CHUNK_TOKENS * tile.m_blocks, _MOST_CHUNKS))
 
     def leaving(self, tile: PrefillTile) -> int:
-        """Of those chunks, how many leave together: a whole m64 block's where that leaves room for the next, else a divisor of them."""
+        """Of those chunks, how many leave together: a whole m64 block's where that leaves room for the next, else a divisor of them.
+
+        One by one where the sums leave no registers for more.
+        """
         chunks, room = tile.tokens // _CHUNK_TOKENS, self.stores(tile)
         most = chunks if room >= chunks * min(tile.m_blocks, 2) else room // 2
+        if tile.m_blocks * tile.n_tiles > _MOST_SUMS:
+            return 1
         return next(count for count in range(most, 0, -1) if chunks % count == 0)
 
     def tensor_stores(self, tile: PrefillTile) -> bool:
