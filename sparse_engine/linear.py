@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparse_engine import formats, plan, registry
 from sparse_engine.errors import InputError
 from sparse_engine.formats.base import PackedWeight, stack
+from sparse_engine.levels import TokenLevels
 from sparse_engine.pattern import SparsityPattern
 from sparse_engine.policy import Policy
 from sparse_engine.value_types import PLAIN
@@ -136,19 +137,28 @@ class SparseLinear(nn.Module):
         return self._plan
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel, layout = self._chosen(x)
+        kernel, layout = self._chosen(x.numel() // self.in_features)
         return kernel.run(x, layout, self.bias, self.pattern)
 
     def fused(self, x: Tensor, *, relu: bool = False, residual: Tensor | None = None) -> Tensor:
         """``forward``, then ReLU, then + ``residual`` (..., out_features), in the kernel's epilogue where it has one."""
-        kernel, layout = self._chosen(x)
+        kernel, layout = self._chosen(x.numel() // self.in_features)
         return kernel.run_fused(x, layout, self.bias, self.pattern, relu=relu, residual=residual)
 
-    def _chosen(self, x: Tensor) -> tuple[registry.Kernel, registry.Layout]:
+    def levels_at(self, rows: int) -> torch.dtype | None:
+        """The type of the 8-bit levels that so many rows of x are made into, which :meth:`of_levels` takes ready made; None: no levels."""
+        kernel, layout = self._chosen(rows)
+        return kernel.levels_of(layout)
+
+    def of_levels(self, tokens: TokenLevels, *, relu: bool = False, residual: Tensor | None = None) -> Tensor:
+        """:meth:`fused` of the x that ``tokens`` stand for, of the type that :meth:`levels_at` gives for their number."""
+        kernel, layout = self._chosen(len(tokens))
+        return kernel.run_levels(tokens, layout, self.bias, self.pattern, relu=relu, residual=residual)
+
+    def _chosen(self, rows: int) -> tuple[registry.Kernel, registry.Layout]:
         steps = self._plan
         if steps is None:
             steps = self.plan()
-        rows = x.numel() // self.in_features
         for limit, kernel, layout in steps:
             if rows <= limit:
                 return kernel, layout

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparse_engine import value_types
 from sparse_engine.engine.kernels.head import head_row, suits
 from sparse_engine.engine.kernels.int8 import int8_linear
+from sparse_engine.levels import TokenLevels
 from sparse_engine.linear import SparseLinear
 
 __all__ = ["DenseProduct", "HeadProduct", "Int8Product", "PackedProduct", "Product", "SideBySide", "int8_head", "product", "stacked"]
@@ -22,6 +23,14 @@ class Product(ABC):
 
     @abstractmethod
     def __call__(self, x: Tensor, *, relu: bool = False) -> Tensor: ...
+
+    def levels_at(self, rows: int) -> torch.dtype | None:
+        """The type of the 8-bit levels that so many rows of x are made into, which :meth:`of_levels` takes ready made; None: no levels."""
+        return None
+
+    def of_levels(self, tokens: TokenLevels, *, relu: bool = False) -> Tensor:
+        """y of the x that ``tokens`` stand for, where :meth:`levels_at` names their type."""
+        raise NotImplementedError(f"{type(self).__name__} multiplies no levels")
 
     def onto(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """``residual`` + y as (sum, None), or (``residual``, y) where adding them is left to the LayerNorm that follows."""
@@ -35,6 +44,12 @@ class PackedProduct(Product):
 
     def __call__(self, x: Tensor, *, relu: bool = False) -> Tensor:
         return self.module.fused(x, relu=relu)
+
+    def levels_at(self, rows: int) -> torch.dtype | None:
+        return self.module.levels_at(rows)
+
+    def of_levels(self, tokens: TokenLevels, *, relu: bool = False) -> Tensor:
+        return self.module.of_levels(tokens, relu=relu)
 
     def onto(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.module.fused(x, residual=residual), None

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers.generation import logits_process
 
 from sparse_engine import cuda
+from sparse_engine.backends.cuda_levels import LEVELS, quantise_rows
 from sparse_engine.engine.kernels import (
     DecodeState,
     Embedding,
@@ -34,6 +35,8 @@ from sparse_engine.engine.kernels.embed import EmbeddingParams
 from sparse_engine.engine.kernels.embed import _Params as EmbedParams
 from sparse_engine.engine.kernels.layernorm import _Params as LayerNormParams
 from sparse_engine.engine.kernels.layernorm import row_macros
+from sparse_engine.engine.kernels.layernorm_levels import _Params as LevelsParams
+from sparse_engine.engine.kernels.layernorm_levels import layer_norm_levels, level_macros
 from sparse_engine.engine.kernels.sample import StateParams, macros_of, warp
 from sparse_engine.engine.kernels.sample import _Params as SampleParams
 from sparse_engine.engine.kernels.sample import _PenaltyParams as PenaltyParams
@@ -78,6 +81,31 @@ def test_layer_norm_of_a_sum(dtype: torch.dtype, device: str) -> None:
         assert torch.equal(total, expected)
         normed = F.layer_norm(expected.double(), (776,), weight.double(), bias.double(), 1e-5)
         assert relative_error(out, normed) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("element", list(LEVELS), ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("rows", "width"), [(1, 768), (3, 8), (300, 512), (2, 2568), (5, 1032), (2, 16384)])
+def test_levels_of_a_layer_norm(rows: int, width: int, dtype: torch.dtype, element: torch.dtype, device: str) -> None:
+    torch.manual_seed(width)
+    x = (torch.randn(rows, width) + 20).to(device, dtype)
+    weight, bias = (torch.randn(width).to(device, dtype) for _ in range(2))
+    normed = poisoned(rows, width, dtype=dtype, device=device)
+    layer_norm(x, weight, bias, 1e-5, normed)
+    # What the allocator hands out next.
+    torch.full((rows, -(-width // 16) * 16), -1, dtype=torch.int8, device=device)
+    made, expected = layer_norm_levels(x, weight, bias, 1e-5, element), quantise_rows(normed, element)
+    assert (made.values.dtype, made.dtype, len(made)) == (element, dtype, rows)
+    assert torch.equal(made.values.view(torch.int8), expected.values.view(torch.int8))
+    assert torch.equal(made.scales[:rows], expected.scales[:rows])
+
+
+def test_levels_of_a_layer_norm_refuse_what_no_kernel_reads() -> None:
+    with pytest.raises(InputError, match="float32 rows of 16"):
+        layer_norm_levels(torch.zeros(2, 16), torch.ones(16), torch.zeros(16), 1e-5, torch.int8)
+    with pytest.raises(InputError, match="rows of 12"):
+        layer_norm_levels(torch.zeros(2, 12, dtype=torch.bfloat16), *(torch.zeros(12, dtype=torch.bfloat16),) * 2, 1e-5, torch.int8)
 
 
 def test_layer_norm_of_a_constant_row_is_its_bias() -> None:
@@ -355,6 +383,14 @@ def test_steps_in_a_graph_follow_the_reference(batch: int, in_graph: int) -> Non
 
 SOURCES = {
     "layernorm.cu": [row_macros(width, dtype) for width, dtype in ((768, torch.bfloat16), (16384, torch.float32))],
+    "layernorm_levels.cu": [
+        level_macros(width, dtype, element)
+        for width, dtype, element in (
+            (768, torch.bfloat16, torch.int8),
+            (16384, torch.float16, torch.float8_e4m3fn),
+            (9216, torch.bfloat16, torch.float8_e4m3fn),
+        )
+    ],
     "embed.cu": [row_macros(width, dtype) for width, dtype in ((512, torch.float16), (9216, torch.float32))],
     "attention_decode.cu": [
         choose_split(batch, 12, size, dtype.itemsize, 1024, 132, True).macros(size, dtype)
@@ -391,6 +427,7 @@ def test_sources_compile_within_their_registers(source: str, macros: dict[str, i
     ("source", "struct", "fields"),
     [
         ("layernorm.cu", "Params", LayerNormParams),
+        ("layernorm_levels.cu", "Params", LevelsParams),
         ("embed.cu", "Params", EmbedParams),
         ("include/embedding.cuh", "Embedding", EmbeddingParams),
         ("attention_decode.cu", "Params", AttentionParams),

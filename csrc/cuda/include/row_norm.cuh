@@ -32,10 +32,13 @@ __device__ __forceinline__ float warp_count(int warp, int vectors) {
   return (float)(count * VECTOR);
 }
 
-// out = (x - mean) / sqrt(variance + eps) * weight + bias. Every thread of the block calls it, once in a kernel.
+// store(j, y) of each of a thread's vectors y = (x - mean) / sqrt(variance + eps) * weight + bias, but for what lies behind the row. Every
+// thread of the block calls it, once in a kernel.
 // Each warp takes its own mean and its squared distances from that; the block joins them as Chan, Golub and LeVeque (1979) do, so that
 // one barrier is enough and nothing cancels.
-__device__ __forceinline__ void normalise(const float (&x)[PER_THREAD][VECTOR], const Affine& affine, int vectors, float eps, uint4* out) {
+template <class Store>
+__device__ __forceinline__ void normalise(const float (&x)[PER_THREAD][VECTOR], const Affine& affine, int vectors, float eps,
+                                          const Store& store) {
   __shared__ float2 moments[ROW_WARPS];
   const int warp = threadIdx.x >> 5;
   const float count = warp_count(warp, vectors);
@@ -77,7 +80,12 @@ __device__ __forceinline__ void normalise(const float (&x)[PER_THREAD][VECTOR], 
 #pragma unroll
       for (int i = 0; i < VECTOR; ++i)
         y[i] = (x[j][i] - mean) * scale * weight[i] + bias[i];
-      out[v] = pack<ELEMENT>(y);
+      store(j, pack<ELEMENT>(y));
     }
   }
+}
+
+// The same, to a row in memory.
+__device__ __forceinline__ void normalise(const float (&x)[PER_THREAD][VECTOR], const Affine& affine, int vectors, float eps, uint4* out) {
+  normalise(x, affine, vectors, eps, [&](int j, const uint4& y) { out[threadIdx.x + j * THREADS] = y; });
 }

@@ -1,0 +1,54 @@
+// LayerNorm of rows, one block each, left as 8-bit levels of its rounded values, which products of quantised weights multiply: what
+// layernorm.cu and then quantise_rows.cu give. See row_norm.cuh and levels.cuh for the macros.
+#include "row_norm.cuh"
+#include "levels.cuh"
+
+static_assert(VECTOR == 8, "levels are of 16-bit rows");
+
+struct Params {
+  const uint4* x; // (rows, width)
+  const uint4* weight;
+  const uint4* bias;     // (width,)
+  unsigned char* levels; // (rows, width), row stride `pitch` bytes, a multiple of 8
+  float* scales;         // (rows,)
+  int width;             // a multiple of 8, at most THREADS * PER_THREAD vectors
+  int pitch;
+  float eps;
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS) layer_norm_levels(const __grid_constant__ Params p) {
+  __shared__ float room[ROW_WARPS];
+  release_successor();
+  const int vectors = p.width / VECTOR;
+  const Affine affine = load_affine(p.weight, p.bias, vectors);
+  wait_predecessor();
+  const uint4* source = p.x + (long long)blockIdx.x * vectors;
+  float x[PER_THREAD][VECTOR];
+#pragma unroll
+  for (int j = 0; j < PER_THREAD; ++j) {
+    const int v = threadIdx.x + j * THREADS;
+    unpack<ELEMENT>(v < vectors ? source[v] : make_uint4(0, 0, 0, 0), x[j]);
+  }
+  uint4 y[PER_THREAD];
+  float most = 0;
+  normalise(x, affine, vectors, p.eps, [&](int j, const uint4& row) {
+    float f[VECTOR];
+    unpack<ELEMENT>(row, f);
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i)
+      most = fmaxf(most, fabsf(f[i]));
+    y[j] = row;
+  });
+  most = largest_of_block<ROW_WARPS>(most, room);
+  const float times = times_of(most);
+  if (threadIdx.x == 0) p.scales[blockIdx.x] = scale_of(most);
+  uint2* target = (uint2*)(p.levels + (long long)blockIdx.x * p.pitch);
+#pragma unroll
+  for (int j = 0; j < PER_THREAD; ++j) {
+    const int v = threadIdx.x + j * THREADS;
+    if (v >= vectors) continue;
+    float f[VECTOR];
+    unpack<ELEMENT>(y[j], f);
+    target[v] = levels_of(f, times);
+  }
+}

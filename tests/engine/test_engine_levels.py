@@ -1,0 +1,81 @@
+"""Prompts through quantised weights: LayerNorms leave the levels that the products behind them multiply."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from products import relative_error
+from torch import Tensor
+
+from sparse_engine import SparseLinear, SparseOPTForCausalLM
+from sparse_engine.engine.prefill import _of_norm
+from sparse_engine.engine.product import Product
+from sparse_engine.engine.runner import runner_for
+from sparse_engine.engine.weights import LayerNormWeights
+from sparse_engine.levels import TokenLevels, levels_of_rows
+
+
+class Recorded(Product):
+    """Multiplies by one, levels of int8 or none."""
+
+    def __init__(self, element: torch.dtype | None) -> None:
+        self.element, self.seen = element, [""]
+
+    def __call__(self, x: Tensor, *, relu: bool = False) -> Tensor:
+        self.seen.append(f"rows {relu}")
+        return x
+
+    def levels_at(self, rows: int) -> torch.dtype | None:
+        return self.element if rows > 1 else None
+
+    def of_levels(self, tokens: TokenLevels, *, relu: bool = False) -> Tensor:
+        self.seen.append(f"levels {relu}")
+        return tokens.values.float() * tokens.scales[: len(tokens), None]
+
+
+@pytest.mark.parametrize(
+    ("element", "rows", "expected"), [(torch.int8, 5, "levels True"), (torch.int8, 1, "rows True"), (None, 5, "rows True")]
+)
+def test_a_norm_leaves_what_the_product_multiplies(element: torch.dtype | None, rows: int, expected: str) -> None:
+    torch.manual_seed(0)
+    h = torch.randn(rows, 64).bfloat16()
+    norm = LayerNormWeights(torch.randn(64).bfloat16(), torch.randn(64).bfloat16(), 1e-5)
+    product = Recorded(element)
+    found = _of_norm(product, norm, h, relu=True)
+    assert product.seen[-1] == expected
+    normed = F.layer_norm(h.float(), (64,), norm.weight.float(), norm.bias.float(), norm.eps).bfloat16()
+    tokens = levels_of_rows(normed, torch.int8)
+    of_levels = tokens.values.float() * tokens.scales[:rows, None]
+    assert relative_error(found, (of_levels if expected.startswith("levels") else normed).double()) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("values", ["int8", "fp8"])
+def test_prompts_of_a_quantised_model(values: str, tiny_opt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model: Any = SparseOPTForCausalLM.from_pretrained(tiny_opt, nm="2:4", values=values, dtype=torch.bfloat16).to("cuda").eval()
+    prompts = [torch.randint(4, 200, (length,), device="cuda") for length in (40, 7)]
+    calls: list[int] = []
+    original = SparseLinear.of_levels
+
+    def counted(self: SparseLinear, tokens: TokenLevels, **arguments: Any) -> Tensor:
+        calls.append(len(tokens))
+        return original(self, tokens, **arguments)
+
+    monkeypatch.setattr(SparseLinear, "of_levels", counted)
+
+    def logits() -> Tensor:
+        runner = runner_for(model)
+        return runner.prefill(runner.allocate(2, 64, -1), [0, 1], prompts)
+
+    with torch.no_grad():
+        found = logits()
+        assert calls == [47] * (2 * model.config.num_hidden_layers), "qkv and fc1 of each layer"
+        monkeypatch.setattr(SparseLinear, "levels_at", lambda self, rows: None)
+        expected = logits()
+    assert len(calls) == 2 * model.config.num_hidden_layers
+    assert relative_error(found, expected.double()) < 2e-2
