@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 import torch
 from cuda_products import nvcc
-from decoding import admitted, assert_same_step, copied, same_generation_with_and_without, small_opt
+from decoding import (
+    admitted,
+    assert_steps_match_the_kernels_one_by_one,
+    copied,
+    same_generation_with_and_without,
+    small_opt,
+)
 from products import relative_error
 
 from sparse_engine import cuda
@@ -22,7 +28,7 @@ from sparse_engine.engine.halves import half_layers
 from sparse_engine.engine.kernels import half_layers as kernels
 from sparse_engine.engine.kernels.half_layers import HalfDimensions
 from sparse_engine.engine.kernels.head import head_macros, head_row
-from sparse_engine.engine.runner import Runner, runner_for
+from sparse_engine.engine.runner import runner_for
 from sparse_engine.engine.weights import DecoderWeights
 from sparse_engine.errors import InputError
 
@@ -101,16 +107,7 @@ def test_a_step_matches_the_kernels_one_by_one(nm: str, dtype: torch.dtype, size
     runner = runner_for(model)
     assert isinstance(runner, CudaRunner)
     assert isinstance(runner.layers, kernels.HalfLayers)
-    for prompt in (1, 2, 63, 64, 65, 200, 513, 600):
-        session = admitted(runner, prompt, 8)
-        for _ in range(3):
-            before, cache = copied(session.cache), session.cache
-            runner.layers._sums.fill_(float("nan"))
-            runner.layers._states.fill_(float("nan"))
-            found = runner.logits(cache)
-            expected = Runner.logits(runner, before)
-            assert_same_step(found, cache, expected, before)
-            session.step()
+    assert_steps_match_the_kernels_one_by_one(runner, [runner.layers._sums, runner.layers._states])
 
 
 @pytest.mark.gpu

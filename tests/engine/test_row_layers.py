@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 import torch
 from cuda_products import H200, TOLERANCE, make_packed, nvcc
-from decoding import admitted, assert_same_step, copied, same_generation_with_and_without, small_opt
+from decoding import (
+    admitted,
+    assert_steps_match_the_kernels_one_by_one,
+    copied,
+    same_generation_with_and_without,
+    small_opt,
+)
 from products import relative_error
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,7 +31,7 @@ from sparse_engine.engine.kernels.row_layers import RowLayers, Widths, row_produ
 from sparse_engine.engine.kernels.row_product import RowNorm, RowProduct
 from sparse_engine.engine.kernels.row_product import _Params as RowParams
 from sparse_engine.engine.rows import row_layers
-from sparse_engine.engine.runner import Runner, runner_for
+from sparse_engine.engine.runner import runner_for
 from sparse_engine.engine.weights import DecoderWeights
 from sparse_engine.errors import InputError
 from sparse_engine.pattern import SparsityPattern
@@ -155,16 +161,7 @@ def test_a_step_matches_the_kernels_one_by_one(nm: str, dtype: torch.dtype, size
     model = small_opt(nm, dtype=dtype, **sizes).to("cuda").eval()
     runner: Any = runner_for(model)
     assert isinstance(runner.layers, RowLayers)
-    for prompt in (1, 2, 63, 64, 65, 200, 513, 600):
-        session = admitted(runner, prompt, 8)
-        for _ in range(3):
-            before, cache = copied(session.cache), session.cache
-            for row in runner.layers._rows.values():
-                row.fill_(float("nan"))
-            found = runner.logits(cache)
-            expected = Runner.logits(runner, before)
-            assert_same_step(found, cache, expected, before)
-            session.step()
+    assert_steps_match_the_kernels_one_by_one(runner, list(runner.layers._rows.values()))
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -54,6 +55,20 @@ def assert_same_step(found: Tensor, cache: Cache, expected: Tensor, before: Cach
     assert relative_error(found, expected.double()) < (2e-2 if cache.k.dtype is torch.bfloat16 else 3e-3)
     assert relative_error(cache.k, before.k.double()) < 1e-2
     assert relative_error(cache.v, before.v.double()) < 1e-2
+
+
+def assert_steps_match_the_kernels_one_by_one(runner: Any, scratch: Sequence[Tensor]) -> None:
+    """Steps of a GPU runner behind prompts of many lengths are near those of the base class; ``scratch``, poisoned, is not read before
+    it is written."""
+    for prompt in (1, 2, 63, 64, 65, 200, 513, 600):
+        session = admitted(runner, prompt, 8)
+        for _ in range(3):
+            before, cache = copied(session.cache), session.cache
+            for tensor in scratch:
+                tensor.fill_(float("nan"))
+            found = runner.logits(cache)
+            assert_same_step(found, cache, Runner.logits(runner, before), before)
+            session.step()
 
 
 def same_generation_with_and_without(attribute: str, path: str) -> None:
