@@ -23,6 +23,7 @@ from sparse_engine.engine.kernels import DecodeState, Embedding, embed
 from sparse_engine.engine.kernels.decode_model import WholeStep
 from sparse_engine.engine.kernels.half_layers import HalfLayers
 from sparse_engine.engine.kernels.row_layers import RowLayers
+from sparse_engine.engine.packed_layers import packed_layers
 from sparse_engine.engine.rows import row_layers
 from sparse_engine.engine.runner import Cache, Runner
 from sparse_engine.engine.weights import DecoderWeights
@@ -35,26 +36,24 @@ VARIABLE = "SPARSE_ENGINE_STEP"
 """Environment variable: "auto" (default), "kernels" (none of these), or "rows", "half-layers" or "one-kernel", which refuse a model that
 has no such step."""
 
-_FASTER: dict[int, tuple[int, ...]] = {4: (), 8: ()}
-"""By the pattern's group, widths of models whose step in one kernel was faster than its kernels one by one: none so far.
+_FORMS = {
+    "rows": ("a kernel per product", row_layers),
+    "half-layers": ("layers in two kernels", half_layers),
+    "one-kernel": ("a step in one kernel", whole_step),
+}
+"""What the variable may ask for beside: its name in sentences, and what makes it."""
 
-In ms behind a prompt of 512 tokens, in one kernel and one by one: on an H200 0.627 and 0.623 (1.3B, 2:4), 0.783 and 0.695 (1.3B, 4:8),
+_FASTEST: dict[int, dict[int, str]] = {
+    4: {768: "half-layers", 2048: "rows", 4096: "rows", 5120: "rows"},
+    8: {768: "half-layers"},
+}
+"""By the pattern's group, then by the model's width, the form of a single row that was measured to be the fastest; kernels elsewhere.
+
+In ms behind a prompt of 512 tokens, on an H200: half-layers and kernels 0.137 and 0.162 (125M, 2:4), 0.170 and 0.246 (125M, 4:8), 0.696 and
+0.623 (1.3B, 2:4); rows and kernels 0.58 and 0.62 (1.3B, 2:4), 3.83 and 3.90 (13B, 2:4), and 2.06 (6.7B, 2:4) and 2.22 with q, k and v in
+products of their own; rows of 4:8 have not been measured. One kernel and kernels 0.627 and 0.623 (1.3B, 2:4), 0.783 and 0.695 (1.3B, 4:8),
 5.48 and 3.90 (13B, 2:4); on an H100 0.214 and 0.201 (125M, 2:4), 0.276 and 0.250 (125M, 4:8), 3.12 and 3.07 (6.7B, 2:4), 3.4 and 3.26
 (6.7B, 4:8).
-"""
-
-_FASTER_HALVES: dict[int, tuple[int, ...]] = {4: (768,), 8: (768,)}
-"""By the pattern's group, widths of models whose layers in two kernels each were faster than the other forms on an H200.
-
-In µs of a step: 137 and 162 (125M, 2:4), 170 and 246 (125M, 4:8); not faster were 696 and 623 (1.3B, 2:4).
-"""
-
-_FASTER_ROWS: dict[int, tuple[int, ...]] = {4: (2048, 4096, 5120), 8: ()}
-"""By the pattern's group, widths of models whose single rows were faster product by product, with LayerNorms inside, on an H200; 4:8 has
-not been measured.
-
-In ms of a token behind a prompt of 512 tokens: 0.58 and 0.62 (1.3B, 2:4), 3.83 and 3.90 (13B, 2:4); 2.06 (6.7B, 2:4) and 2.22 with q, k
-and v in products of their own.
 """
 
 KEPT_CACHES = 2
@@ -158,35 +157,23 @@ class CudaRunner(Runner):
 def _single(weights: DecoderWeights) -> tuple[WholeStep | None, HalfLayers | RowLayers | None]:
     """What serves single rows: a step in one kernel, or layers in few, or neither."""
     wanted = os.environ.get(VARIABLE) or "auto"
-    if wanted not in ("auto", "rows", "half-layers", "one-kernel", "kernels"):
+    if wanted not in ("auto", "kernels", *_FORMS):
         raise InputError(f"{VARIABLE} is {wanted!r}: use auto, rows, half-layers, one-kernel or kernels")
-    if wanted == "kernels":
+    form = _fastest(weights) if wanted == "auto" else wanted
+    if form == "kernels":
         return None, None
-    if wanted in ("auto", "half-layers"):
-        halves = half_layers(weights)
-        if not isinstance(halves, str) and (wanted == "half-layers" or weights.hidden in _FASTER_HALVES[halves.dimensions.group]):
-            return None, halves
-        if wanted == "half-layers":
-            raise _refused("layers in two kernels", str(halves))
-    if wanted in ("auto", "one-kernel"):
-        whole = whole_step(weights)
-        if not isinstance(whole, str):
-            # Measured with a head of 16-bit values.
-            faster = whole.tensors.head_scales is None and weights.hidden in _FASTER[whole.dimensions.group]
-            if wanted == "one-kernel" or faster:
-                return whole, None
-        elif wanted == "one-kernel":
-            raise _refused("a step in one kernel", whole)
-    rows = row_layers(weights)
-    if isinstance(rows, str):
-        if wanted == "rows":
-            raise _refused("a kernel per product", rows)
-        return None, None
-    return None, rows if wanted == "rows" or weights.hidden in _FASTER_ROWS[rows.widths.group] else None
+    name, make = _FORMS[form]
+    made = make(weights)
+    if isinstance(made, str):
+        if wanted == "auto":
+            return None, None
+        raise InputError(f"{VARIABLE} asks for {name}, and the model {made}; auto runs what it has")
+    return (made, None) if isinstance(made, WholeStep) else (None, made)
 
 
-def _refused(form: str, reason: str) -> InputError:
-    return InputError(f"{VARIABLE} asks for {form}, and the model {reason}; auto runs what it has")
+def _fastest(weights: DecoderWeights) -> str:
+    packed = packed_layers(weights)
+    return "kernels" if isinstance(packed, str) else _FASTEST[packed.group].get(weights.hidden, "kernels")
 
 
 def _copy(value: Any) -> Any:
