@@ -150,10 +150,10 @@ class SparseLinear(nn.Module):
         kernel, layout = self._chosen(rows)
         return kernel.levels_of(layout)
 
-    def of_levels(self, tokens: TokenLevels, *, relu: bool = False, residual: Tensor | None = None) -> Tensor:
+    def of_levels(self, tokens: TokenLevels, *, relu: bool = False) -> Tensor:
         """:meth:`fused` of the x that ``tokens`` stand for, of the type that :meth:`levels_at` gives for their number."""
         kernel, layout = self._chosen(len(tokens))
-        return kernel.run_levels(tokens, layout, self.bias, self.pattern, relu=relu, residual=residual)
+        return kernel.run_levels(tokens, layout, self.bias, self.pattern, relu=relu)
 
     def _chosen(self, rows: int) -> tuple[registry.Kernel, registry.Layout]:
         steps = self._plan

@@ -14,9 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_engine.engine.kernels.embed import POSITION_OFFSET
-from sparse_engine.engine.kernels.layernorm_levels import layer_norm_levels
-from sparse_engine.engine.product import Product
-from sparse_engine.engine.weights import DecoderLayer, DecoderWeights, LayerNormWeights
+from sparse_engine.engine.weights import DecoderLayer, DecoderWeights
 
 __all__ = ["CHUNK_TOKENS", "chunks", "prefill"]
 
@@ -67,7 +65,7 @@ def _pass(weights: DecoderWeights, k_cache: Tensor, v_cache: Tensor, rows: Seque
 def head(weights: DecoderWeights, h: Tensor) -> Tensor:
     """Logits (B, V) of the last layer's output (B, H)."""
     if weights.final_norm is not None:
-        h = _norm(weights.final_norm, h)
+        h = weights.final_norm(h)
     if weights.project_out is not None:
         h = weights.project_out(h)
     return weights.head(h)
@@ -75,27 +73,15 @@ def head(weights: DecoderWeights, h: Tensor) -> Tensor:
 
 def _layer(layer: DecoderLayer, h: Tensor, norm_first: bool, attend: _Attention, cache: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
     keys, values, row, place = cache
-    qkv = _of_norm(layer.qkv, layer.attention_norm, h) if norm_first else layer.qkv(h)
+    qkv = layer.qkv.of_norm(layer.attention_norm, h) if norm_first else layer.qkv(h)
     q, k, v = qkv.view(len(qkv), 3, attend.heads, -1).unbind(1)
     keys[row, :, place], values[row, :, place] = k, v
     h = _added(*layer.out.onto(h, attend(q, k, v)))
     if not norm_first:
-        h = _norm(layer.attention_norm, h)
-    middle = _of_norm(layer.fc1, layer.ffn_norm, h, relu=True) if norm_first else layer.fc1(h, relu=True)
+        h = layer.attention_norm(h)
+    middle = layer.fc1.of_norm(layer.ffn_norm, h, relu=True) if norm_first else layer.fc1(h, relu=True)
     h = _added(*layer.fc2.onto(h, middle))
-    return h if norm_first else _norm(layer.ffn_norm, h)
-
-
-def _of_norm(product: Product, norm: LayerNormWeights, h: Tensor, *, relu: bool = False) -> Tensor:
-    """The product of h's LayerNorm, which leaves levels where the product multiplies those."""
-    element = product.levels_at(len(h))
-    if element is None:
-        return product(_norm(norm, h), relu=relu)
-    return product.of_levels(layer_norm_levels(h, norm.weight, norm.bias, norm.eps, element), relu=relu)
-
-
-def _norm(weights: LayerNormWeights, h: Tensor) -> Tensor:
-    return F.layer_norm(h, h.shape[-1:], weights.weight, weights.bias, weights.eps)
+    return h if norm_first else layer.ffn_norm(h)
 
 
 def _added(h: Tensor, pending: Tensor | None) -> Tensor:

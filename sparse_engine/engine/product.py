@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,11 @@ from torch import Tensor, nn
 from sparse_engine import value_types
 from sparse_engine.engine.kernels.head import head_row, suits
 from sparse_engine.engine.kernels.int8 import int8_linear
-from sparse_engine.levels import TokenLevels
+from sparse_engine.engine.kernels.layernorm_levels import layer_norm_levels
 from sparse_engine.linear import SparseLinear
+
+if TYPE_CHECKING:
+    from sparse_engine.engine.weights import LayerNormWeights
 
 __all__ = ["DenseProduct", "HeadProduct", "Int8Product", "PackedProduct", "Product", "SideBySide", "int8_head", "product", "stacked"]
 
@@ -24,13 +28,9 @@ class Product(ABC):
     @abstractmethod
     def __call__(self, x: Tensor, *, relu: bool = False) -> Tensor: ...
 
-    def levels_at(self, rows: int) -> torch.dtype | None:
-        """The type of the 8-bit levels that so many rows of x are made into, which :meth:`of_levels` takes ready made; None: no levels."""
-        return None
-
-    def of_levels(self, tokens: TokenLevels, *, relu: bool = False) -> Tensor:
-        """y of the x that ``tokens`` stand for, where :meth:`levels_at` names their type."""
-        raise NotImplementedError(f"{type(self).__name__} multiplies no levels")
+    def of_norm(self, norm: LayerNormWeights, x: Tensor, *, relu: bool = False) -> Tensor:
+        """y of the LayerNorm of x (M, in)."""
+        return self(norm(x), relu=relu)
 
     def onto(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """``residual`` + y as (sum, None), or (``residual``, y) where adding them is left to the LayerNorm that follows."""
@@ -45,11 +45,11 @@ class PackedProduct(Product):
     def __call__(self, x: Tensor, *, relu: bool = False) -> Tensor:
         return self.module.fused(x, relu=relu)
 
-    def levels_at(self, rows: int) -> torch.dtype | None:
-        return self.module.levels_at(rows)
-
-    def of_levels(self, tokens: TokenLevels, *, relu: bool = False) -> Tensor:
-        return self.module.of_levels(tokens, relu=relu)
+    def of_norm(self, norm: LayerNormWeights, x: Tensor, *, relu: bool = False) -> Tensor:
+        element = self.module.levels_at(len(x))
+        if element is None:
+            return super().of_norm(norm, x, relu=relu)
+        return self.module.of_levels(layer_norm_levels(x, norm.weight, norm.bias, norm.eps, element), relu=relu)
 
     def onto(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.module.fused(x, residual=residual), None

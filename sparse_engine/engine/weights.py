@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_engine.engine.product import HeadProduct, Int8Product, Product, product, stacked
@@ -23,6 +24,10 @@ class LayerNormWeights:
     weight: Tensor
     bias: Tensor
     eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The LayerNorm of x (..., H), by torch."""
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
     @classmethod
     def of(cls, module: nn.LayerNorm) -> LayerNormWeights:

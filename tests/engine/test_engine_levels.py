@@ -12,20 +12,21 @@ from products import relative_error
 from torch import Tensor
 
 from sparse_engine import SparseLinear, SparseOPTForCausalLM
-from sparse_engine.engine.prefill import _of_norm
-from sparse_engine.engine.product import Product
+from sparse_engine.engine.product import PackedProduct
 from sparse_engine.engine.runner import runner_for
 from sparse_engine.engine.weights import LayerNormWeights
 from sparse_engine.levels import TokenLevels, levels_of_rows
 
 
-class Recorded(Product):
-    """Multiplies by one, levels of int8 or none."""
+class Recorded:
+    """Stands for a packed layer that multiplies by one, levels of int8 or rows."""
 
     def __init__(self, element: torch.dtype | None) -> None:
         self.element, self.seen = element, [""]
 
-    def __call__(self, x: Tensor, *, relu: bool = False) -> Tensor:
+    def plan(self) -> None: ...
+
+    def fused(self, x: Tensor, *, relu: bool = False) -> Tensor:
         self.seen.append(f"rows {relu}")
         return x
 
@@ -44,9 +45,9 @@ def test_a_norm_leaves_what_the_product_multiplies(element: torch.dtype | None, 
     torch.manual_seed(0)
     h = torch.randn(rows, 64).bfloat16()
     norm = LayerNormWeights(torch.randn(64).bfloat16(), torch.randn(64).bfloat16(), 1e-5)
-    product = Recorded(element)
-    found = _of_norm(product, norm, h, relu=True)
-    assert product.seen[-1] == expected
+    layer: Any = Recorded(element)
+    found = PackedProduct(layer).of_norm(norm, h, relu=True)
+    assert layer.seen[-1] == expected
     normed = F.layer_norm(h.float(), (64,), norm.weight.float(), norm.bias.float(), norm.eps).bfloat16()
     tokens = levels_of_rows(normed, torch.int8)
     of_levels = tokens.values.float() * tokens.scales[:rows, None]
