@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_products import nvcc
-from decoding import admitted, assert_same_step, copied, same_generation_with_and_without, small_opt
+from decoding import admitted, assert_same_step, copied, finished_session, same_generation_with_and_without, small_opt
 from products import relative_error
 from transformers import OPTForCausalLM
 from transformers.models.opt.configuration_opt import OPTConfig
@@ -151,11 +151,8 @@ def test_a_step_is_clean_under_memcheck() -> None:
 @pytest.mark.gpu
 def test_a_finished_row_changes_nothing() -> None:
     runner: Any = runner_for(small_opt("2:4").to("cuda").eval())
-    session = admitted(runner, 30, 98)
+    session, before = finished_session(runner)
     cache = session.cache
-    cache.state.finished.fill_(True)
-    cache.state.lengths.fill_(cache.capacity)
-    before = copied(cache)
     runner.whole(cache.k, cache.v, cache.state, greedy=True)
     assert torch.equal(cache.k, before.k)
     assert torch.equal(cache.v, before.v)

@@ -11,13 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_products import nvcc
-from decoding import (
-    admitted,
-    assert_steps_match_the_kernels_one_by_one,
-    copied,
-    same_generation_with_and_without,
-    small_opt,
-)
+from decoding import assert_steps_match_the_kernels_one_by_one, finished_session, same_generation_with_and_without, small_opt
 from products import relative_error
 
 from sparse_engine import cuda
@@ -119,11 +113,8 @@ def test_generation_is_the_same_with_and_without_them(monkeypatch: pytest.Monkey
 @pytest.mark.gpu
 def test_a_finished_row_changes_nothing() -> None:
     runner: Any = runner_for(small_opt("2:4").to("cuda").eval())
-    session = admitted(runner, 30, 98)
+    session, before = finished_session(runner)
     cache = session.cache
-    cache.state.finished.fill_(True)
-    cache.state.lengths.fill_(cache.capacity)
-    before = copied(cache)
     session.step()
     assert torch.equal(cache.k, before.k)
     assert torch.equal(cache.v, before.v)

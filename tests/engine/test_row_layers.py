@@ -9,13 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_products import H200, TOLERANCE, make_packed, nvcc
-from decoding import (
-    admitted,
-    assert_steps_match_the_kernels_one_by_one,
-    copied,
-    same_generation_with_and_without,
-    small_opt,
-)
+from decoding import assert_steps_match_the_kernels_one_by_one, finished_session, same_generation_with_and_without, small_opt
 from products import relative_error
 from torch import Tensor
 from torch.nn import functional as F
@@ -186,11 +180,8 @@ def test_they_run_by_default_where_they_were_measured_to_be_faster(monkeypatch: 
 @pytest.mark.gpu
 def test_a_finished_row_changes_nothing() -> None:
     runner: Any = runner_for(small_opt("2:4").to("cuda").eval())
-    session = admitted(runner, 30, 98)
+    session, before = finished_session(runner)
     cache = session.cache
-    cache.state.finished.fill_(True)
-    cache.state.lengths.fill_(cache.capacity)
-    before = copied(cache)
     session.step()
     assert torch.equal(cache.k, before.k)
     assert torch.equal(cache.v, before.v)

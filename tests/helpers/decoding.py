@@ -14,7 +14,7 @@ from transformers.models.opt.configuration_opt import OPTConfig
 
 from sparse_engine import SparseOPTForCausalLM
 from sparse_engine.engine.choice import Choice
-from sparse_engine.engine.runner import Cache, Runner, runner_for
+from sparse_engine.engine.runner import Cache, Runner, Session, runner_for
 
 
 def small_opt(nm: str, **settings: Any) -> Any:
@@ -48,6 +48,15 @@ def copied(cache: Cache) -> Cache:
     state = cache.state
     tensors = {f.name: v.clone() if isinstance(v := getattr(state, f.name), Tensor) else v for f in fields(state)}
     return Cache(cache.k.clone(), cache.v.clone(), replace(state, **tensors))
+
+
+def finished_session(runner: Any) -> tuple[Session, Cache]:
+    """A session whose only row has finished where its cache ends, and a copy of the cache."""
+    session = admitted(runner, 30, 98)
+    state = session.cache.state
+    state.finished.fill_(True)
+    state.lengths.fill_(session.cache.capacity)
+    return session, copied(session.cache)
 
 
 def assert_same_step(found: Tensor, cache: Cache, expected: Tensor, before: Cache) -> None:
