@@ -231,7 +231,8 @@ class _Weight:
             self.copies(kernel)
             # A library's own search may take all that is left: the others have their even share of the whole nevertheless.
             begun, share = time.perf_counter(), max(left / (len(kernels) - i), seconds / len(kernels))
-            configs, likely = list(kernel.configs(problem)), self._likely(kernel, problem, bucket.rows)
+            configs = list(kernel.configs(problem))
+            likely = self._likely(kernel, problem, configs)
             for config in dict.fromkeys([config for config in likely if config in configs] + configs):
                 # What a library's search found took the share, and is not passed over for that.
                 if time.perf_counter() - begun > share and config not in likely and any(c.kernel is kernel for c in tried):
@@ -242,11 +243,11 @@ class _Weight:
         self.last_best = {name: measured.config for name, measured in settled.items()}
         return settled, wrong
 
-    def _likely(self, kernel: Kernel, problem: Problem, rows: int) -> list[Config]:
+    def _likely(self, kernel: Kernel, problem: Problem, configs: Sequence[Config]) -> list[Config]:
         """What is tried first, and whatever the time: the best for the last number of rows, the one that dispatch has now, and what a
         library's search finds."""
         last = self.last_best.get(kernel.name)
-        found = [*_held(kernel, problem, kernel.configs(problem)), *self._suggested(kernel, rows)]
+        found = [*_held(kernel, problem, configs), *self._suggested(kernel, problem.rows)]
         return found if last is None else [last, *found]
 
     def _suggested(self, kernel: Kernel, rows: int) -> Sequence[Config]:
