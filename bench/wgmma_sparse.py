@@ -1,6 +1,6 @@
 """How fast sparse wgmma runs on a Hopper GPU: operand A from registers or shared memory, held or loaded.
 
-python bench/wgmma_sparse.py --out bench/results/h100/wgmma-sparse.json
+python bench/wgmma_sparse.py --out bench/results/h200/wgmma-sparse.json
 
 A row is one form: clocks per m64nNk32 instruction of one multiprocessor (the least is N / 2), and dense-equivalent TFLOP/s of the whole
 GPU at the clocks that it held.
