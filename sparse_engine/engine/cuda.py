@@ -11,7 +11,9 @@ from __future__ import annotations
 import gc
 import os
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ from sparse_engine.engine.kernels.decode_model import WholeStep
 from sparse_engine.engine.kernels.half_layers import HalfLayers
 from sparse_engine.engine.kernels.row_layers import RowLayers
 from sparse_engine.engine.packed_layers import packed_layers
+from sparse_engine.engine.prefill import pass_through
+from sparse_engine.engine.prompt_graphs import PromptGraphs, bucket_of
 from sparse_engine.engine.rows import row_layers
 from sparse_engine.engine.runner import Cache, Runner
 from sparse_engine.engine.weights import DecoderWeights
@@ -64,6 +68,7 @@ _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 @dataclass(eq=False)
 class _Captured(Cache):
+    prompts: PromptGraphs
     graphs: dict[tuple[Choice, int], torch.cuda.CUDAGraph] = field(default_factory=dict)
 
 
@@ -82,6 +87,7 @@ class CudaRunner(Runner):
         # Steps of one model never run at once and leave nothing but the state: their graphs share their memory.
         self._pool = torch.cuda.graph_pool_handle()
         self._kept: OrderedDict[tuple[int, int], _Captured] = OrderedDict()
+        self._seen: set[int] = set()
         self.whole, self.layers = _single(self.weights)
 
     def path(self, batch: int) -> str:
@@ -108,9 +114,21 @@ class CudaRunner(Runner):
             self._kept.clear()
             gc.collect()
             made = super().allocate(batch, capacity, eos)
-        kept = _Captured(made.k, made.v, made.state)
+        run = partial(pass_through, self.weights, made.k, made.v)
+        kept = _Captured(made.k, made.v, made.state, PromptGraphs(run, self.device, self._pool))
         self._kept[batch, eos] = kept
         return kept
+
+    def prefill(self, cache: Cache, rows: Sequence[int], prompts: Sequence[Tensor]) -> Tensor:
+        """Single prompts run as graphs from the second of their bucket on: what is made once need not be captured."""
+        bucket = bucket_of(len(prompts[0])) if len(prompts) == 1 else None
+        if bucket is None or bucket > min(cache.capacity, self.max_positions):
+            return super().prefill(cache, rows, prompts)
+        if bucket not in self._seen:
+            self._seen.add(bucket)
+            return super().prefill(cache, rows, prompts)
+        assert isinstance(cache, _Captured)
+        return cache.prompts(rows[0], prompts[0], bucket)
 
     def logits(self, cache: Cache) -> Tensor:
         if cache.batch == 1 and self.whole is not None:

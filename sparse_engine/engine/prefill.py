@@ -6,7 +6,8 @@ import importlib
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from sparse_engine.engine.kernels.embed import POSITION_OFFSET
 from sparse_engine.engine.weights import DecoderLayer, DecoderWeights
 
-__all__ = ["CHUNK_TOKENS", "chunks", "prefill"]
+__all__ = ["CHUNK_TOKENS", "Packed", "chunks", "pass_through", "prefill"]
 
 CHUNK_TOKENS = 16384
 """Prompt tokens that pass at a time, which bounds the memory of the activations; a longer prompt passes alone."""
@@ -28,7 +29,8 @@ def prefill(weights: DecoderWeights, k_cache: Tensor, v_cache: Tensor, rows: Seq
     Gives the logits (len(prompts), V) behind each prompt.
     """
     parts = chunks([len(prompt) for prompt in prompts], CHUNK_TOKENS)
-    logits = [_pass(weights, k_cache, v_cache, [rows[i] for i in part], [prompts[i] for i in part]) for part in parts]
+    packed = (Packed.of([rows[i] for i in part], [prompts[i] for i in part], k_cache.device) for part in parts)
+    logits = [pass_through(weights, k_cache, v_cache, part) for part in packed]
     return torch.cat(logits) if len(logits) > 1 else logits[0]
 
 
@@ -45,21 +47,43 @@ def chunks(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
     yield chunk
 
 
-def _pass(weights: DecoderWeights, k_cache: Tensor, v_cache: Tensor, rows: Sequence[int], prompts: Sequence[Tensor]) -> Tensor:
-    device = k_cache.device
-    lengths = [len(prompt) for prompt in prompts]
-    ends = list(itertools.accumulate(lengths))
-    place = torch.cat([torch.arange(length, device=device) for length in lengths])
-    row = torch.tensor(rows, device=device).repeat_interleave(torch.tensor(lengths, device=device), output_size=ends[-1])
-    h = weights.tokens[torch.cat(list(prompts))]
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Prompts one behind the other, T tokens together, as tensors of the device.
+
+    Attributes:
+        tokens: int64 (T,).
+        row: int64 (T,), the row of the caches that each token's keys and values go to.
+        place: int64 (T,), the position of each token in its prompt.
+        lasts: int64 (prompts,), where each prompt's last token stands.
+        lengths: tokens of each prompt.
+    """
+
+    tokens: Tensor
+    row: Tensor
+    place: Tensor
+    lasts: Tensor
+    lengths: Sequence[int]
+
+    @classmethod
+    def of(cls, rows: Sequence[int], prompts: Sequence[Tensor], device: torch.device) -> Packed:
+        lengths = [len(prompt) for prompt in prompts]
+        ends = list(itertools.accumulate(lengths))
+        row = torch.tensor(rows, device=device).repeat_interleave(torch.tensor(lengths, device=device), output_size=ends[-1])
+        place = torch.cat([torch.arange(length, device=device) for length in lengths])
+        return cls(torch.cat(list(prompts)), row, place, torch.tensor(ends, device=device) - 1, lengths)
+
+
+def pass_through(weights: DecoderWeights, k_cache: Tensor, v_cache: Tensor, prompts: Packed) -> Tensor:
+    """Logits (prompts, V) behind each prompt, whose keys and values are left in the caches; without a wait of the host."""
+    h = weights.tokens[prompts.tokens]
     if weights.project_in is not None:
         h = weights.project_in(h)
-    h = h + weights.positions[place + POSITION_OFFSET]
-    attend = _Attention(lengths, weights.heads, device)
+    h = h + weights.positions[prompts.place + POSITION_OFFSET]
+    attend = _Attention(prompts.lengths, weights.heads, k_cache.device)
     for layer, keys, values in zip(weights.layers, k_cache, v_cache, strict=True):
-        h = _layer(layer, h, weights.norm_first, attend, (keys, values, row, place))
-    h = h[torch.tensor(ends, device=device) - 1]
-    return head(weights, h)
+        h = _layer(layer, h, weights.norm_first, attend, (keys, values, prompts.row, prompts.place))
+    return head(weights, h[prompts.lasts])
 
 
 def head(weights: DecoderWeights, h: Tensor) -> Tensor:
@@ -92,9 +116,13 @@ class _Attention:
     """Causal attention of prompts that lie one behind the other: q, k, v (T, heads, D) to (T, heads · D)."""
 
     def __init__(self, lengths: Sequence[int], heads: int, device: torch.device) -> None:
-        self.lengths, self.heads = lengths, heads
+        self.lengths, self.heads, self.device = lengths, heads, device
         self.longest = max(lengths)
-        self.bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """Where prompts begin and end, int32 (prompts + 1,). Prompts of one length do without."""
+        return torch.tensor([0, *itertools.accumulate(self.lengths)], dtype=torch.int32, device=self.device)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scale = q.shape[-1] ** -0.5
