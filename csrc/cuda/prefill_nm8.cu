@@ -64,6 +64,8 @@ struct Weights {
             wgmma_sparse_shared(d[mb], describe_rows64(weights + mb * BLOCK_BYTES + step * 32), describe(buffer + step * 64),
                                 positions[stage][mb][step]);
         commit_products();
+        // The lane that gives a buffer back does so for what all lanes have read of it.
+        __syncwarp();
         x.close(true, true);
       }
     }

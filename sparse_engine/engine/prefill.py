@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_engine.engine.kernels.append_prompts import append_prompts
 from sparse_engine.engine.kernels.embed import POSITION_OFFSET
 from sparse_engine.engine.weights import DecoderLayer, DecoderWeights
 
@@ -98,8 +99,8 @@ def head(weights: DecoderWeights, h: Tensor) -> Tensor:
 def _layer(layer: DecoderLayer, h: Tensor, norm_first: bool, attend: _Attention, cache: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
     keys, values, row, place = cache
     qkv = layer.qkv.of_norm(layer.attention_norm, h) if norm_first else layer.qkv(h)
+    append_prompts(qkv, row, place, keys, values)
     q, k, v = qkv.view(len(qkv), 3, attend.heads, -1).unbind(1)
-    keys[row, :, place], values[row, :, place] = k, v
     h = _added(*layer.out.onto(h, attend(q, k, v)))
     if not norm_first:
         h = layer.attention_norm(h)

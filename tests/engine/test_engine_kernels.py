@@ -29,6 +29,8 @@ from sparse_engine.engine.kernels import (
     penalise,
     sample,
 )
+from sparse_engine.engine.kernels.append_prompts import _Params as AppendParams
+from sparse_engine.engine.kernels.append_prompts import append_prompts
 from sparse_engine.engine.kernels.attention import Split, choose_split
 from sparse_engine.engine.kernels.attention import _Params as AttentionParams
 from sparse_engine.engine.kernels.embed import EmbeddingParams
@@ -49,6 +51,25 @@ DTYPES = list(TOLERANCE)
 
 def poisoned(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
     return torch.full(shape, float("nan"), dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "size"), [(12, 64), (1, 8), (5, 6), (40, 128), (3, 80)])
+def test_append_prompts(heads: int, size: int, dtype: torch.dtype, device: str) -> None:
+    torch.manual_seed(heads)
+    # Prompts of rows 2 and 0 in a cache of three rows; the rest of it stays as it was.
+    row, place = torch.tensor([2] * 7 + [0] * 3), torch.cat([torch.arange(7), torch.arange(4, 7)])
+    qkv = torch.randn(10, 3 * heads * size).to(dtype)
+    caches = [poisoned(3, heads, 9, size, dtype=dtype, device=device) for _ in range(2)]
+    append_prompts(qkv.to(device), row.to(device), place.to(device), *caches)
+    for part, cache in enumerate(caches):
+        expected = poisoned(3, heads, 9, size, dtype=dtype, device="cpu")
+        for token in range(10):
+            expected[row[token], :, place[token]] = qkv.view(10, 3, heads, size)[token, 1 + part]
+        assert torch.equal(cache.cpu().nan_to_num(nan=99.0), expected.nan_to_num(nan=99.0))
+    with pytest.raises(InputError, match="place is"):
+        append_prompts(qkv.to(device), row.to(device), place.int().to(device), *caches)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -381,7 +402,7 @@ def test_steps_in_a_graph_follow_the_reference(batch: int, in_graph: int) -> Non
         assert torch.equal(found, expected)
 
 
-SOURCES = {
+SOURCES: dict[str, list[dict[str, int]]] = {
     "layernorm.cu": [row_macros(width, dtype) for width, dtype in ((768, torch.bfloat16), (16384, torch.float32))],
     "layernorm_levels.cu": [
         level_macros(width, dtype, element)
@@ -391,6 +412,7 @@ SOURCES = {
             (9216, torch.bfloat16, torch.float8_e4m3fn),
         )
     ],
+    "append_prompts.cu": [{}],
     "embed.cu": [row_macros(width, dtype) for width, dtype in ((512, torch.float16), (9216, torch.float32))],
     "attention_decode.cu": [
         choose_split(batch, 12, size, dtype.itemsize, 1024, 132, True).macros(size, dtype)
@@ -428,6 +450,7 @@ def test_sources_compile_within_their_registers(source: str, macros: dict[str, i
     [
         ("layernorm.cu", "Params", LayerNormParams),
         ("layernorm_levels.cu", "Params", LevelsParams),
+        ("append_prompts.cu", "Params", AppendParams),
         ("embed.cu", "Params", EmbedParams),
         ("include/embedding.cuh", "Embedding", EmbeddingParams),
         ("attention_decode.cu", "Params", AttentionParams),

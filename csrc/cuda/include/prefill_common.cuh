@@ -296,8 +296,6 @@ __device__ __forceinline__ void consume(const Params& p, int begin, int rounds) 
     if (first) wait_predecessor();
     first = false;
 #if SPLITS > 1
-    // The cluster's barrier is the block's, too, but not to tools that look for races in shared memory.
-    asm volatile("bar.sync %0, %1;" ::"n"(1 + CONSUMERS), "n"(128 * CONSUMERS) : "memory");
     cluster_sync();
     collect(p, (float*)dynamic, d, above(thread), row, token);
     cluster_sync();
