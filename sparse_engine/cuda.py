@@ -124,7 +124,7 @@ def compile_cubin(source: str, arch: str, macros: Mapping[str, int]) -> bytes:
         target = _target(source, arch, macros)
         if target.is_file():
             return target.read_bytes()
-        options = ProgramOptions(arch=arch, std="c++17", include_path=str(folder / "include"), define_macro=_defines(macros))
+        options = ProgramOptions(arch=arch, std="c++17", include_path=str(folder / "include"), define_macro=_defines(macros) or None)
         cubin = bytes(Program((folder / source).read_text(), "c++", options).compile("cubin").code)
     except Exception as error:  # NVRTC, a missing library and a driver too old for it all raise types of their own
         raise KernelUnavailableError(f"NVRTC cannot compile {source} for {arch}: {error}") from error

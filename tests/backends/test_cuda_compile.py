@@ -29,8 +29,11 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str,
 
         def compile(self, kind: str) -> SimpleNamespace:
             assert kind == "cubin"
-            calls.append(tuple(self.options.define_macro))
-            return SimpleNamespace(code=b"machine code of " + " ".join(self.options.define_macro).encode())
+            defined = self.options.define_macro
+            # An empty list is refused.
+            assert defined is None or defined
+            calls.append(tuple(defined or ()))
+            return SimpleNamespace(code=b"machine code of " + " ".join(defined or ()).encode())
 
     core = ModuleType("cuda.core")
     core.Program, core.ProgramOptions = Program, lambda **fields: SimpleNamespace(**fields)  # type: ignore[attr-defined]
@@ -47,6 +50,11 @@ def test_a_kernel_is_compiled_once(compiled: list[tuple[str, ...]]) -> None:
         assert cuda.compile_cubin("embed.cu", "sm_90a", MACROS) == b"machine code of M=1 N=2"
     assert compiled == [("M=1", "N=2")]
     assert cuda.is_compiled("embed.cu", "sm_90a", dict(reversed(MACROS.items())))
+
+
+def test_a_kernel_without_macros_is_compiled(compiled: list[tuple[str, ...]]) -> None:
+    assert cuda.compile_cubin("append_prompts.cu", "sm_90a", {}) == b"machine code of "
+    assert compiled == [()]
 
 
 def test_another_source_gpu_macro_or_toolkit_is_another_kernel(compiled: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:

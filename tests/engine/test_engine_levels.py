@@ -71,7 +71,7 @@ def test_prompts_of_a_quantised_model(values: str, tiny_opt: Path, monkeypatch: 
 
     def logits() -> Tensor:
         runner = runner_for(model)
-        return runner.prefill(runner.allocate(2, 64, -1), [0, 1], prompts)
+        return runner.prefill(runner.allocate(2, 64, 1), [0, 1], prompts)
 
     with torch.no_grad():
         found = logits()
