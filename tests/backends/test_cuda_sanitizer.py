@@ -106,7 +106,6 @@ import sys
 import torch
 from products import random_keep, relative_error
 from sparse_engine import formats, registry
-from sparse_engine.backends.cuda_prefill_wgmma import tile_of
 from sparse_engine.mask import Mask
 from sparse_engine.pattern import SparsityPattern
 
@@ -117,11 +116,7 @@ for shape, m in (((200, 1288), 300), ((72, 520), 3)):
     layout = kernel.prepare(packed)
     x = torch.randn(m, shape[1], device="cuda", dtype=torch.bfloat16)
     expected = torch.nn.functional.linear(x.double(), formats.get("nm").unpack(packed).double())
-    configs = kernel.configs(registry.Problem.of(packed, m))
-    if sys.argv[2] == "racecheck":
-        # It does not follow arrivals at barriers of other blocks, behind which a cluster's buffers of positions are filled again.
-        configs = [config for config in configs if tile_of(config).cluster == 1]
-    for config in configs[:4]:
+    for config in kernel.configs(registry.Problem.of(packed, m))[:4]:
         # Levels of three bits of fraction and of eight differ from the values by some per cent at most.
         assert relative_error(kernel.run_config(x, layout, None, parsed, config), expected) < 0.06, config
         ran += 1
@@ -152,7 +147,10 @@ def test_prefill_kernels_are_clean(name: str, pattern: str, tool: str) -> None:
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_8_bit_kernels_are_clean(kind: str, tool: str) -> None:
-    _check(run_clean(tool, ("prefill", "quantise"), LEVELS, kind, tool))
+    # Racecheck does not see that what one warp copies in bulk waits, at a barrier, for what others have read, and calls that a race; of
+    # copies by tensor maps, those of the other prefill kernels, it sees nothing.
+    kernels = ("quantise",) if tool == "racecheck" else ("prefill", "quantise")
+    _check(run_clean(tool, kernels, LEVELS, kind))
 
 
 def _check(said: str) -> None:
