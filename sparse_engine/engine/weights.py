@@ -154,6 +154,9 @@ def plans(model: Any) -> list[object]:
 
 def fingerprint(model: Any) -> tuple[object, ...]:
     """Changes whenever a weight of the model is moved, cast, replaced or given another kernel, while :func:`plans` are held."""
-    first = next(model.parameters())
-    places = [parameter.data_ptr() for parameter in model.parameters()]
-    return (first.dtype, first.device, getattr(model.config, "head_values", None), *places, *map(id, plans(model)))
+    # Taken before every generation: one pass over the modules, where parameters() and plans() would take several.
+    modules = list(model.modules())
+    parameters = [parameter for module in modules for parameter in module._parameters.values() if parameter is not None]
+    places = (parameter.data_ptr() for parameter in parameters)
+    made = (id(module._plan) for module in modules if isinstance(module, SparseLinear))
+    return (parameters[0].dtype, parameters[0].device, getattr(model.config, "head_values", None), *places, *made)
