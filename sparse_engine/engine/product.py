@@ -32,6 +32,10 @@ class Product(ABC):
         """y of the LayerNorm of x (M, in)."""
         return self(norm(x), relu=relu)
 
+    def takes_levels(self, rows: int) -> bool:
+        """Whether :meth:`of_norm` of so many rows of x multiplies 8-bit levels, which the LayerNorm leaves."""
+        return False
+
     def onto(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """``residual`` + y as (sum, None), or (``residual``, y) where adding them is left to the LayerNorm that follows."""
         return residual, self(x)
@@ -44,6 +48,9 @@ class PackedProduct(Product):
 
     def __call__(self, x: Tensor, *, relu: bool = False) -> Tensor:
         return self.module.fused(x, relu=relu)
+
+    def takes_levels(self, rows: int) -> bool:
+        return self.module.levels_at(rows) is not None
 
     def of_norm(self, norm: LayerNormWeights, x: Tensor, *, relu: bool = False) -> Tensor:
         element = self.module.levels_at(len(x))

@@ -18,6 +18,7 @@ from sparse_engine.engine.choice import Choice
 from sparse_engine.engine.kernels import DecodeState, Embedding, attention_decode, embed, layer_norm
 from sparse_engine.engine.kernels.embed import POSITION_OFFSET
 from sparse_engine.engine.prefill import prefill
+from sparse_engine.engine.product import Product
 from sparse_engine.engine.weights import DecoderWeights, LayerNormWeights, fingerprint, plans, why_not
 from sparse_engine.errors import InputError
 
@@ -128,15 +129,19 @@ class Runner:
         scale = w.head_size**-0.5
         pending: Tensor | None = None
         for layer, keys, values in zip(w.layers, cache.k, cache.v, strict=True):
-            x = h
             if w.norm_first:
-                h, x = self._norm(layer.attention_norm, h, pending)
+                h, qkv = self._of_norm(layer.qkv, layer.attention_norm, h, pending)
+            else:
+                qkv = layer.qkv(h)
             attended = self._empty(batch, w.hidden)
-            attention_decode(layer.qkv(x), keys, values, state.lengths, attended, scale)
+            attention_decode(qkv, keys, values, state.lengths, attended, scale)
             h, pending = layer.out.onto(h, attended)
-            h_normed, x = self._norm(layer.attention_norm if not w.norm_first else layer.ffn_norm, h, pending)
-            h = h_normed if w.norm_first else x
-            h, pending = layer.fc2.onto(h, layer.fc1(x, relu=True))
+            if w.norm_first:
+                h, middle = self._of_norm(layer.fc1, layer.ffn_norm, h, pending, relu=True)
+            else:
+                _, h = self._norm(layer.attention_norm, h, pending)
+                middle = layer.fc1(h, relu=True)
+            h, pending = layer.fc2.onto(h, middle)
             if not w.norm_first:
                 _, h = self._norm(layer.ffn_norm, h, pending)
                 pending = None
@@ -151,6 +156,15 @@ class Runner:
     def step(self, cache: Cache, choice: Choice) -> None:
         """One token for every row that goes on, chosen on the device, without waiting for it."""
         choice.take(self.logits(cache), cache.state)
+
+    def _of_norm(
+        self, product: Product, norm: LayerNormWeights, h: Tensor, pending: Tensor | None, *, relu: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """(h + pending, the product of its LayerNorm)."""
+        if pending is None and product.takes_levels(len(h)):
+            return h, product.of_norm(norm, h, relu=relu)
+        h, x = self._norm(norm, h, pending)
+        return h, product(x, relu=relu)
 
     def _norm(self, weights: LayerNormWeights, h: Tensor, pending: Tensor | None) -> tuple[Tensor, Tensor]:
         """(h + pending, its LayerNorm)."""

@@ -69,14 +69,21 @@ def test_prompts_of_a_quantised_model(values: str, tiny_opt: Path, monkeypatch: 
 
     monkeypatch.setattr(SparseLinear, "of_levels", counted)
 
-    def logits() -> Tensor:
+    def logits() -> tuple[Tensor, Tensor]:
         runner = runner_for(model)
-        return runner.prefill(runner.allocate(2, 64, 1), [0, 1], prompts)
+        assert not isinstance(runner, str)
+        cache = runner.allocate(2, 64, 1)
+        behind = runner.prefill(cache, [0, 1], prompts)
+        cache.state.lengths[:2] = torch.tensor([40, 7], device="cuda")
+        cache.state.tokens[:2] = torch.tensor([11, 12], device="cuda")
+        return behind, runner.logits(cache)[:2]
 
     with torch.no_grad():
         found = logits()
-        assert calls == [47] * (2 * model.config.num_hidden_layers), "qkv and fc1 of each layer"
+        products = 2 * model.config.num_hidden_layers
+        assert calls == [47] * products + [2] * products, "qkv and fc1 of each layer, of the prompts and of a step"
         monkeypatch.setattr(SparseLinear, "levels_at", lambda self, rows: None)
         expected = logits()
-    assert len(calls) == 2 * model.config.num_hidden_layers
-    assert relative_error(found, expected.double()) < 2e-2
+    assert len(calls) == 2 * products
+    for one, other in zip(found, expected, strict=True):
+        assert relative_error(one, other.double()) < 2e-2
