@@ -6,17 +6,13 @@
 //   x:     the whole row in shared memory, each warp's part of it copied by itself; or, NORMED, each block takes the LayerNorm of the
 //          row for itself, once
 //
-// Moments of 256 columns each are taken as layernorm.cu takes a warp's (row_norm.cuh) and joined alike, sums of a tile are added as
-// decode_nm.cu adds them: results are those of these kernels. Weights, scales and shifts, which no kernel writes, are fetched before
-// predecessors have ended.
+// Sums of a tile are added as decode_nm.cu adds them, and LayerNorms are layernorm.cu's (row_input.cuh): results are those of these
+// kernels. Weights, scales and shifts, which no kernel writes, are fetched before predecessors have ended.
 //
 // Macros: those of decode_common.cuh, with one n-tile, row tile and warp along the rows; PATTERN 24 or 48; COLS, a multiple of 256; NORMED.
 #define X_PAD 0
 #include "decode_common.cuh"
-#include "ahead.cuh"
 #include "expand.cuh"
-#include "values.cuh"
-#include "warp.cuh"
 #if PATTERN == 24
 #include "mma_sparse.cuh"
 #endif
@@ -28,89 +24,15 @@
 #define UNITS (COLS / UNIT)
 #define CHAINS 2
 #define UNIT_VECTORS (9 * 32)
-// Pieces of 256 columns that a warp normalises.
-#define PIECES ((UNITS + WARPS_K - 1) / WARPS_K)
 #define PLANE (WARPS_K * RED_PITCH)
 // Shared memory: zeros, then the row, which takes the place of the scales, the shifts, the moments, and the sums of two tiles in turn.
 #define AT_ROW ZERO_BYTES
 #define AT_SHIFT (AT_ROW + 2 * COLS)
-#define AT_MOMENTS (AT_SHIFT + NORMED * 2 * COLS)
-#define AT_SUMS (AT_MOMENTS + NORMED * ((8 * UNITS + 15) / 16 * 16))
+#define AT_MOMENTS (AT_SHIFT + SHIFT_BYTES)
+#define AT_SUMS (AT_MOMENTS + MOMENTS_BYTES)
 #define AT_BIAS (AT_SUMS + 8 * PLANE)
-
-struct RowParams {
-  Params product;     // m is 1; x is 16-byte aligned
-  const uint4* scale; // (COLS,) of the LayerNorm
-  const uint4* shift; // (COLS,)
-  float eps;
-  Ahead ahead; // of the kernel behind this one
-};
-
-__device__ __forceinline__ void copy_vector(u32 target, const uint4* source) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
-}
-
-__device__ __forceinline__ void write_shared(u32 address, const uint4& v) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-}
-
-#if NORMED
-
-// Vector j of a thread is the row's vector threadIdx.x + j * THREADS, so that a warp has whole pieces.
-__device__ __forceinline__ bool has_piece(int j) { return UNITS % WARPS_K == 0 || (int)(threadIdx.x >> 5) + j * WARPS_K < UNITS; }
-
-__device__ __forceinline__ void normalise(const RowParams& p, unsigned char* smem) {
-  const u32 row = shared_address(smem) + AT_ROW + threadIdx.x * 16;
-  float2* moments = (float2*)(smem + AT_MOMENTS);
-  uint4 v[PIECES];
-#pragma unroll
-  for (int j = 0; j < PIECES; ++j)
-    if (has_piece(j)) v[j] = __ldcg((const uint4*)p.product.x + threadIdx.x + j * THREADS);
-#pragma unroll
-  for (int j = 0; j < PIECES; ++j) {
-    if (!has_piece(j)) continue;
-    float x[8], sum = 0, squares = 0;
-    unpack(v[j], x);
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      sum += x[i];
-    const float own = warp_sum(sum) * (1.0f / 256);
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      squares += (x[i] - own) * (x[i] - own);
-    squares = warp_sum(squares);
-    if ((threadIdx.x & 31) == 0) moments[(threadIdx.x >> 5) + j * WARPS_K] = make_float2(own, squares);
-  }
-  wait_copies();
-  __syncthreads();
-  const float inverse = __frcp_rn((float)COLS);
-  float mean = 0, total = 0;
-#pragma unroll 8
-  for (int u = 0; u < UNITS; ++u)
-    mean += 256.0f * inverse * moments[u].x;
-#pragma unroll 8
-  for (int u = 0; u < UNITS; ++u) {
-    const float distance = moments[u].x - mean;
-    total += moments[u].y + 256.0f * distance * distance;
-  }
-  const float factor = rsqrtf(total * inverse + p.eps);
-#pragma unroll
-  for (int j = 0; j < PIECES; ++j) {
-    if (!has_piece(j)) continue;
-    float x[8], scale[8], shift[8];
-    unpack(v[j], x);
-    unpack(read_shared(row + j * THREADS * 16), scale);
-    unpack(read_shared(row + j * THREADS * 16 + AT_SHIFT - AT_ROW), shift);
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      x[i] = (x[i] - mean) * factor * scale[i] + shift[i];
-    write_shared(row + j * THREADS * 16,
-                 make_uint4(pack_two(x[0], x[1]), pack_two(x[2], x[3]), pack_two(x[4], x[5]), pack_two(x[6], x[7])));
-  }
-  __syncthreads();
-}
-
-#endif
+#define ROW_WARPS WARPS_K
+#include "row_input.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_row(const __grid_constant__ RowParams given) {
   extern __shared__ __align__(128) unsigned char smem[];
@@ -146,15 +68,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_row(con
       values[s] = load_weight(next + (s + 1) * 32 + lane, policy);
   }
 #if NORMED
-  {
-    const u32 scale = shared_address(smem) + AT_ROW + threadIdx.x * 16, shift = scale + AT_SHIFT - AT_ROW;
-#pragma unroll
-    for (int j = 0; j < PIECES; ++j)
-      if (has_piece(j)) {
-        copy_vector(scale + j * THREADS * 16, given.scale + threadIdx.x + j * THREADS);
-        copy_vector(shift + j * THREADS * 16, given.shift + threadIdx.x + j * THREADS);
-      }
-  }
+  fetch_affine(given, smem);
 #endif
   if (lane == 0) fetch_for_next(given.ahead, (int)blockIdx.x * WARPS_K + warp, (int)gridDim.x * WARPS_K);
   if (threadIdx.x < ZERO_BYTES / 16) ((uint4*)smem)[threadIdx.x] = make_uint4(0, 0, 0, 0);

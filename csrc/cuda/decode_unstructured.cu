@@ -24,14 +24,7 @@ __device__ __forceinline__ void load_activations(u32 address, bool live, u32 (&b
 #if N_TILES > 1
   load_shared_x4(address, b);
 #else
-  asm volatile("{\n"
-               ".reg .pred live;\n"
-               "setp.ne.u32 live, %5, 0;\n"
-               "@live ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
-               "}"
-               : "+r"(b[0]), "+r"(b[1]), "+r"(b[2]), "+r"(b[3])
-               : "r"(address), "r"((u32)live)
-               : "memory");
+  load_shared_x4_if(address, live, b);
 #endif
 }
 

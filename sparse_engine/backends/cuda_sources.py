@@ -24,6 +24,7 @@ __all__ = [
     "fit",
     "gpu",
     "macros_of",
+    "stream_bytes",
     "whole_lines",
 ]
 
@@ -144,7 +145,7 @@ class StreamSource(Source):
     def shared_bytes(self, tile: Tile, m: int, depth: int, x_buffers: int = 2) -> int:
         x = whole_lines(_ZERO_BYTES + x_buffers * self._buffer_bytes(tile, m))
         sums = whole_lines(self._sums_bytes(tile, m))
-        return (x + 2 * sums if tile.n_tiles <= 2 else max(x, sums)) + _stream_bytes(tile, depth) + self._addends_bytes(tile)
+        return (x + 2 * sums if tile.n_tiles <= 2 else max(x, sums)) + stream_bytes(tile, depth) + self._addends_bytes(tile)
 
     def x_buffers(self, tile: Tile, m: int, depth: int, units: int, here: Gpu) -> int:
         """One for every round of a row group, where as many blocks fit a multiprocessor then as with two."""
@@ -203,7 +204,7 @@ class WarpgroupSource(Source):
         """
         if self._unstructured:
             subtiles = 1 if tile.n_tiles >= 8 else 2
-            slots = _stream_bytes(tile, (TYPICAL_DEPTH + _SELDOM_DEEPER) // tile.parts)
+            slots = stream_bytes(tile, (TYPICAL_DEPTH + _SELDOM_DEEPER) // tile.parts)
         else:
             subtiles = max(1, min(4, (16 if tile.warps_k == 1 else 8) // tile.n_tiles))
             slots = tile.warps_k * tile.warps_row * tile.stages * _SLOT_BYTES
@@ -216,7 +217,7 @@ class WarpgroupSource(Source):
         macros = self.more_macros(tile)
         stages, slots = tile.warps_k * macros["X_STAGES"], tile.warps_k * tile.warps_row * tile.stages
         buffers = whole_lines(stages * macros["X_SUBTILES"] * tile.n_tiles * 1024 + 8 * (2 * stages + slots))
-        buffers += _stream_bytes(tile, depth) if depth else slots * _SLOT_BYTES
+        buffers += stream_bytes(tile, depth) if depth else slots * _SLOT_BYTES
         return max(buffers, self._sums_bytes(tile, m))
 
     def grid(self, tile: Tile, rows: int, units: int, shared: int, here: Gpu) -> tuple[int, int]:
@@ -241,7 +242,7 @@ class StreamedSource(WarpgroupSource):
     def shared_bytes(self, tile: Tile, m: int, depth: int) -> int:
         stages, slots = self._x_stages(tile), tile.warps_row * tile.stages
         buffers = whole_lines(stages * self._stage_bytes(tile) + 8 * (2 * stages + slots))
-        return buffers + (_stream_bytes(tile, depth) if depth else slots * _SLOT_BYTES)
+        return buffers + (stream_bytes(tile, depth) if depth else slots * _SLOT_BYTES)
 
     def _stage_bytes(self, tile: Tile) -> int:
         """Of a buffer of activations."""
@@ -264,7 +265,7 @@ class StreamedSource(WarpgroupSource):
         return min(groups * tile.splits or fitting, groups * units) * tile.cluster, 1
 
 
-def _stream_bytes(tile: Tile, depth: int) -> int:
+def stream_bytes(tile: Tile, depth: int) -> int:
     """The expansion table, barriers and slots of every warp: a pair that keeps nothing reads one word before or behind a unit's."""
     slots = tile.warps_row * tile.warps_k * tile.stages
     slot = 96 + 32 + 512 // tile.parts + 128 * (depth + 1)

@@ -267,7 +267,7 @@ class CudaUnstructuredKernel(Kernel):
         }
 
     def recover(self, layout: Layout, packed: PackedWeight) -> PackedWeight:
-        values, bitmask, row_offsets = from_streams(layout["weight"], _streams_of(layout), packed.shape)
+        values, bitmask, row_offsets = from_streams(layout["weight"], streams_of(layout), packed.shape)
         tensors = {"values": values, "bitmask": bitmask, "row_offsets": row_offsets}
         return PackedWeight(packed.format, packed.version, packed.pattern, packed.shape, packed.dtype, tensors)
 
@@ -303,15 +303,16 @@ class CudaUnstructuredKernel(Kernel):
 
     def run_config(self, x: Tensor, layout: Layout, bias: Tensor | None, pattern: SparsityPattern, config: Config) -> Tensor:
         rows, columns = layout["extent"].shape[:2]
-        call = cuda_prefill.Call("unstructured", x, layout["weight"], bias, None, rows, columns, False, _streams_of(layout))
+        call = cuda_prefill.Call("unstructured", x, layout["weight"], bias, None, rows, columns, False, streams_of(layout))
         if (y := cuda_prefill.run_config(call, config)) is not None:
             return y
         if (chosen := parse("unstructured", config)) is None:
             return self.run(x, layout, bias, pattern)
-        return run_decode(lambda *_: chosen, x, layout["weight"], bias, None, rows, columns, False, _streams_of(layout))
+        return run_decode(lambda *_: chosen, x, layout["weight"], bias, None, rows, columns, False, streams_of(layout))
 
 
-def _streams_of(layout: Layout) -> Streams:
+def streams_of(layout: Layout) -> Streams:
+    """What a layout holds beside its words."""
     return Streams(layout["offsets"], *layout["extent"].shape[2:4])
 
 

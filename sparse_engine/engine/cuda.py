@@ -50,8 +50,10 @@ _FORMS = {
 _FASTEST: dict[int, dict[int, str]] = {
     4: {768: "half-layers", 2048: "rows", 2560: "rows", 4096: "rows", 5120: "rows"},
     8: {768: "half-layers", 2048: "rows", 2560: "rows", 4096: "rows"},
+    0: {},
 }
-"""By the pattern's group, then by the model's width, the form of a single row that was measured to be the fastest; kernels elsewhere.
+"""By the pattern's group (0: unstructured), then by the model's width, the form of a single row that was measured to be the fastest;
+kernels elsewhere.
 
 In ms behind a prompt of 512 tokens, on an H200: half-layers and kernels 0.137 and 0.162 (125M, 2:4), 0.170 and 0.246 (125M, 4:8), 0.696 and
 0.623 (1.3B, 2:4); rows and kernels, 2:4: 0.571 and 0.629 (1.3B), 1.199 and 1.255 (2.7B), 2.012 and 2.066 (6.7B), 3.77 and 3.94 (13B); 4:8:
@@ -190,7 +192,7 @@ def _single(weights: DecoderWeights) -> tuple[WholeStep | None, HalfLayers | Row
 
 
 def _fastest(weights: DecoderWeights) -> str:
-    packed = packed_layers(weights)
+    packed = packed_layers(weights, unstructured=True)
     return "kernels" if isinstance(packed, str) else _FASTEST[packed.group].get(weights.hidden, "kernels")
 
 

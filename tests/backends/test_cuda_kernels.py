@@ -340,7 +340,7 @@ def test_epilogue_of_every_kernel(pattern: str, shape: tuple[int, int], dtype: t
     packed = make_packed(pattern, shape, dtype, "cuda")
     layout = registry.get(KERNEL_OF[pattern]).prepare(packed)
     named = pattern if packed.pattern.is_nm else "unstructured"
-    streams = None if packed.pattern.is_nm else cuda_unstructured._streams_of(layout)
+    streams = None if packed.pattern.is_nm else cuda_unstructured.streams_of(layout)
     for source, tile, m in tiles_of_every_source(named, streams.parts if streams else 1):
         x = torch.randn(m, shape[1], device="cuda", dtype=dtype)
         given = (torch.randn(shape[0], device="cuda", dtype=dtype), torch.randn(m, shape[0], device="cuda", dtype=dtype))

@@ -35,7 +35,7 @@ SHAPES["unstructured"] = [(33, 263), (1, 3), (1100, 1030), (768, 768)]
 
 
 def call_of(pattern: str, packed: PackedWeight, layout: Layout, x: torch.Tensor, **epilogue: torch.Tensor | bool | None) -> Call:
-    streams = cuda_unstructured._streams_of(layout) if pattern == "unstructured" else None
+    streams = cuda_unstructured.streams_of(layout) if pattern == "unstructured" else None
     fields = {"bias": None, "residual": None, "relu": False} | epilogue
     return Call(pattern, x, layout["weight"], rows=packed.shape[0], columns=packed.shape[1], streams=streams, **fields)  # type: ignore[arg-type]
 

@@ -41,7 +41,15 @@ print("generated")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 @pytest.mark.parametrize(
     ("pattern", "step"),
-    [("dense", "kernels"), ("2:4", "kernels"), ("0.5", "kernels"), ("2:4", "rows"), ("2:4", "half-layers"), ("2:4", "one-kernel")],
+    [
+        ("dense", "kernels"),
+        ("2:4", "kernels"),
+        ("0.5", "kernels"),
+        ("2:4", "rows"),
+        ("0.5", "rows"),
+        ("2:4", "half-layers"),
+        ("2:4", "one-kernel"),
+    ],
 )
 def test_generation_is_clean(pattern: str, step: str, tool: str, tmp_path: Path) -> None:
     # The narrowest that every form of the step runs.

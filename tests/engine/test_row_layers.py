@@ -1,8 +1,9 @@
-"""A single row's layers product by product: the kernel against float64 and against the two that it stands for, steps, refusals."""
+"""A single row's layers product by product: the kernels against float64 and against those that they stand for, steps, refusals."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_engine import cuda, formats
+from sparse_engine.backends.cuda_decode import Streams, run_decode
 from sparse_engine.backends.cuda_nm import to_fragments
-from sparse_engine.backends.cuda_sources import Tile
+from sparse_engine.backends.cuda_sources import Tile, fit
+from sparse_engine.backends.cuda_tiles import MMA_UNSTRUCTURED, unstructured_parts
+from sparse_engine.backends.cuda_unstructured import to_streams
 from sparse_engine.engine.cuda import VARIABLE as STEP
 from sparse_engine.engine.generation import VARIABLE
 from sparse_engine.engine.kernels import layer_norm
 from sparse_engine.engine.kernels.ahead import Ahead, ahead_of
-from sparse_engine.engine.kernels.row_layers import RowLayers, Widths, row_products
-from sparse_engine.engine.kernels.row_product import RowNorm, RowProduct
+from sparse_engine.engine.kernels.launching import gpu
+from sparse_engine.engine.kernels.row_layers import RowLayers, Widths, nm_products, stream_products
+from sparse_engine.engine.kernels.row_product import NmRowProduct, RowNorm, RowProduct
 from sparse_engine.engine.kernels.row_product import _Params as RowParams
+from sparse_engine.engine.kernels.row_stream import StreamRowProduct, fit_row
 from sparse_engine.engine.rows import row_layers
 from sparse_engine.engine.runner import runner_for
 from sparse_engine.engine.weights import DecoderWeights
@@ -42,21 +48,44 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> None:
 WIDTHS = (768, 2048, 2560, 4096, 5120, 7168)
 
 
+def streams_of(columns: int, depth: int | None = None) -> Streams:
+    """Of a weight that is nowhere, at half density where ``depth`` is not given."""
+    parts = unstructured_parts(columns)
+    return Streams(torch.empty(0, dtype=torch.int32), depth or 42 // parts, parts)
+
+
 def products(hidden: int, group: int = 4) -> dict[str, RowProduct]:
-    return row_products(Widths(hidden, 4 * hidden, 64, group), torch.bfloat16, H200)
+    widths = Widths(hidden, 4 * hidden, 64, group)
+    if group:
+        return nm_products(widths, torch.bfloat16, H200)
+    streams = {name: streams_of(4 * hidden if name == "fc2" else hidden) for name in ("qkv", "out", "fc1", "fc2")}
+    return stream_products(widths, streams, torch.bfloat16, H200)
 
 
-@pytest.mark.parametrize("group", [4, 8])
+@pytest.mark.parametrize("group", [4, 8, 0])
 @pytest.mark.parametrize("hidden", WIDTHS)
 def test_the_kernels_compile_without_spills_and_their_blocks_fit(hidden: int, group: int, tmp_path: Path) -> None:
     for product in products(hidden, group).values():
         assert product.tile.min_blocks * (product.shared_bytes() + 1024) <= H200.shared_limit + 1024
+        assert product.threads <= 1024
         log = nvcc("90a", product.file, product.macros(), tmp_path)
         assert max(int(count) for count in re.findall(r"(\d+) bytes spill stores", log)) == 0
 
 
-def test_the_kernel_compiles_for_ampere(tmp_path: Path) -> None:
-    nvcc("80", "decode_row.cu", products(768)["fc1"].macros(), tmp_path)
+@pytest.mark.parametrize("group", [4, 0])
+def test_the_kernel_compiles_for_ampere(group: int, tmp_path: Path) -> None:
+    product = products(768, group)["fc1"]
+    nvcc("80", product.file, product.macros(), tmp_path)
+
+
+def test_deep_units_leave_room_for_fewer_warps() -> None:
+    usual = products(4096, 0)["fc2"]
+    assert isinstance(usual, StreamRowProduct)
+    deep = fit_row(replace(usual, streams=streams_of(usual.columns, 128)), H200)
+    assert deep.tile.warps_k < usual.tile.warps_k
+    assert deep.shared_bytes() <= H200.shared_limit
+    with pytest.raises(InputError, match="units of 1000 words"):
+        fit_row(replace(usual, streams=streams_of(usual.columns, 1000)), H200)
 
 
 def test_products_of_long_rows_take_them_unit_by_unit() -> None:
@@ -66,7 +95,9 @@ def test_products_of_long_rows_take_them_unit_by_unit() -> None:
         assert files == {"qkv": "decode_row.cu", "out": long, "fc1": "decode_row.cu", "fc2": long}
 
 
-@pytest.mark.parametrize(("source", "struct", "fields"), [("decode_row.cu", "RowParams", RowParams), ("include/ahead.cuh", "Ahead", Ahead)])
+@pytest.mark.parametrize(
+    ("source", "struct", "fields"), [("include/row_input.cuh", "RowParams", RowParams), ("include/ahead.cuh", "Ahead", Ahead)]
+)
 def test_parameters_match_the_source(source: str, struct: str, fields: Any) -> None:
     body = re.search(rf"struct {struct} \{{(.*?)\}};", (cuda.source_folder() / source).read_text(), re.S)
     assert body is not None
@@ -83,14 +114,47 @@ def test_what_is_asked_for_lies_inside_its_tensor() -> None:
 def test_forms_that_it_does_not_have() -> None:
     for columns, normed in ((320, False), (9216, True)):
         with pytest.raises(InputError, match="multiples of 256"):
-            RowProduct(768, columns, 4, torch.bfloat16, USUAL, normed)
+            NmRowProduct(768, columns, torch.bfloat16, USUAL, normed, 4)
+        with pytest.raises(InputError, match="multiples of 256"):
+            StreamRowProduct(768, columns, torch.bfloat16, USUAL, normed, streams_of(columns))
     with pytest.raises(InputError, match="unit by unit"):
-        RowProduct(768, 768, 4, torch.bfloat16, USUAL, normed=True, by_unit=True)
+        NmRowProduct(768, 768, torch.bfloat16, USUAL, True, 4, by_unit=True)
+    with pytest.raises(InputError, match=r"256 / 2 columns"):
+        StreamRowProduct(768, 768, torch.bfloat16, USUAL, True, streams_of(768))
 
 
 def drawn(*shape: int, dtype: torch.dtype, seed: int, spread: float = 1.0) -> Tensor:
     generator = torch.Generator("cuda").manual_seed(seed)
     return (torch.randn(*shape, device="cuda", generator=generator) * spread).to(dtype)
+
+
+class Operands:
+    """What products of one weight are checked with: a row with a common offset, which a variance by plain sums of squares would lose."""
+
+    eps = 1e-5
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
+        self.x = drawn(1, columns, dtype=dtype, seed=1) + 5
+        self.norm = RowNorm(drawn(columns, dtype=dtype, seed=2), drawn(columns, dtype=dtype, seed=3), self.eps)
+        self.bias, self.residual = drawn(rows, dtype=dtype, seed=4), drawn(1, rows, dtype=dtype, seed=5)
+        self.normed = torch.empty_like(self.x)
+        layer_norm(self.x, self.norm.scale, self.norm.shift, self.eps, self.normed)
+        self.exact = F.layer_norm(self.x.double(), (columns,), self.norm.scale.double(), self.norm.shift.double(), self.eps)
+
+    def epilogues(self) -> list[tuple[Tensor | None, bool, Tensor | None]]:
+        """Bias, ReLU, residual."""
+        return [(self.bias, False, None), (self.bias, True, None), (None, False, self.residual), (self.bias, True, self.residual)]
+
+    def poisoned(self) -> Tensor:
+        return torch.full_like(self.residual, float("nan"))
+
+
+def assert_near(found: Tensor, row: Tensor, dense: Tensor, epilogue: tuple[Tensor | None, bool, Tensor | None]) -> None:
+    """``found`` is the product of a float64 row and weight, plus bias, then ReLU, then + residual."""
+    bias, relu, residual = epilogue
+    expected = row @ dense.t() + (0 if bias is None else bias.double())
+    expected = expected.relu() if relu else expected
+    assert relative_error(found, expected + (0 if residual is None else residual.double())) < TOLERANCE[found.dtype]
 
 
 @pytest.mark.gpu
@@ -107,38 +171,81 @@ def drawn(*shape: int, dtype: torch.dtype, seed: int, spread: float = 1.0) -> Te
     ],
 )
 def test_against_float64(columns: int, tile: Tile, pattern: str, dtype: torch.dtype) -> None:
-    eps = 1e-5
     for rows in (3, 16, 40, 1001, 8200):
         packed = make_packed(pattern, (rows, columns), dtype, "cuda", seed=rows)
         weight = to_fragments(packed.tensors["values"], packed.tensors["bitmask"], packed.shape, GROUPS[pattern])
         dense = formats.for_pattern(SparsityPattern.parse(pattern)).unpack(packed).double()
-        # A common offset, which a variance by plain sums of squares would lose.
-        x = drawn(1, columns, dtype=dtype, seed=1) + 5
-        norm = RowNorm(drawn(columns, dtype=dtype, seed=2), drawn(columns, dtype=dtype, seed=3), eps)
-        bias, residual = drawn(rows, dtype=dtype, seed=4), drawn(1, rows, dtype=dtype, seed=5)
-        normed = torch.empty_like(x)
-        layer_norm(x, norm.scale, norm.shift, eps, normed)
-        exact = F.layer_norm(x.double(), (columns,), norm.scale.double(), norm.shift.double(), eps)
+        given = Operands(rows, columns, dtype)
         before, plain, staged = (
-            RowProduct(rows, columns, GROUPS[pattern], dtype, tile, *form) for form in ((True, False), (False, False), (False, True))
+            NmRowProduct(rows, columns, dtype, tile, normed, GROUPS[pattern], by_unit)
+            for normed, by_unit in ((True, False), (False, False), (False, True))
         )
-        for relu, added, onto in ((False, bias, None), (True, bias, None), (False, None, residual), (True, bias, residual)):
+        for epilogue in given.epilogues():
+            added, relu, onto = epilogue
             options: dict[str, Any] = {"relu": relu, "residual": onto}
-            found, twice, thrice, alone = (torch.full((1, rows), float("nan"), dtype=dtype, device="cuda") for _ in range(4))
-            before(x, weight, added, found, norm=norm, ahead=ahead_of(weight, 1 << 20), **options)
-            plain(normed, weight, added, twice, **options)
-            staged(normed, weight, added, thrice, **options)
-            plain(x, weight, added, alone, **options)
+            found, twice, thrice, alone = (given.poisoned() for _ in range(4))
+            before(given.x, weight, added, found, norm=given.norm, ahead=ahead_of(weight, 1 << 20), **options)
+            plain(given.normed, weight, added, twice, **options)
+            staged(given.normed, weight, added, thrice, **options)
+            plain(given.x, weight, added, alone, **options)
             assert torch.equal(found, twice)
             assert torch.equal(found, thrice)
-            for y, row in ((found, exact), (alone, x.double())):
-                expected = row @ dense.t() + (0 if added is None else added.double())
-                expected = expected.relu() if relu else expected
-                assert relative_error(y, expected + (0 if onto is None else onto.double())) < TOLERANCE[dtype]
+            assert_near(found, given.exact, dense, epilogue)
+            assert_near(alone, given.x.double(), dense, epilogue)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("nm", ["2:4", "4:8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("pattern", ["0.5", "0.7"])
+@pytest.mark.parametrize(
+    ("columns", "tile", "row_warps"),
+    [
+        (256, Tile(1, 1, 1, 3, 2, min_blocks=4, table_copies=4), 1),
+        (768, Tile(1, 1, 1, 12, 2, min_blocks=1, table_copies=8), 4),
+        (1024, Tile(1, 1, 1, 6, 2, stages=1, min_blocks=2, table_copies=4, cluster=2), 2),
+        (1280, Tile(1, 1, 1, 8, 1, stages=3, min_blocks=1, table_copies=4), 4),
+        (5120, Tile(1, 1, 1, 12, 1, min_blocks=1, table_copies=8), 4),
+        (5120, Tile(1, 1, 1, 12, 1, min_blocks=1, table_copies=8, cluster=2), 4),
+    ],
+)
+def test_unstructured_against_float64(
+    columns: int, tile: Tile, row_warps: int, pattern: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resident = StreamRowProduct.blocks
+    for rows in (3, 16, 40, 1001, 2112):
+        packed = make_packed(pattern, (rows, columns), dtype, "cuda", seed=rows)
+        weight, streams = to_streams(packed.tensors["values"], packed.tensors["bitmask"], packed.shape, tile.parts)
+        dense = formats.for_pattern(SparsityPattern.parse(pattern)).unpack(packed).double()
+        given = Operands(rows, columns, dtype)
+        here = gpu(0)
+        before, plain = (
+            fit_row(StreamRowProduct(rows, columns, dtype, tile, normed, streams, row_warps), here) for normed in (True, False)
+        )
+        # Its warps add the same units, in the same order.
+        other = fit(MMA_UNSTRUCTURED, replace(tile, warps_k=before.tile.warps_k, table_copies=4, cluster=1), 1, streams.depth, here)
+        # Few blocks, which come round to the same places of sums again and again.
+        for most in (3, 1 << 20):
+            monkeypatch.setattr(StreamRowProduct, "blocks", lambda self, here, most=most: min(most, resident(self, here)))
+            for epilogue in given.epilogues():
+                added, relu, onto = epilogue
+                options: dict[str, Any] = {"relu": relu, "residual": onto}
+                found, twice, alone = (given.poisoned() for _ in range(3))
+                before(given.x, weight, added, found, norm=given.norm, ahead=ahead_of(weight, 1 << 20), **options)
+                plain(given.normed, weight, added, twice, **options)
+                plain(given.x, weight, added, alone, **options)
+                if before.tile.warps_k == plain.tile.warps_k:
+                    assert torch.equal(found, twice)
+                assert_near(found, given.exact, dense, epilogue)
+                assert_near(alone, given.x.double(), dense, epilogue)
+                if tile.cluster == 1 and other.warps_k == before.tile.warps_k:
+                    expected = run_decode(
+                        lambda *_, other=other: (MMA_UNSTRUCTURED, other), given.normed, weight, added, onto, rows, columns, relu, streams
+                    )
+                    assert torch.equal(found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "0.5"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "sizes",
@@ -151,17 +258,18 @@ def test_against_float64(columns: int, tile: Tile, pattern: str, dtype: torch.dt
     ],
     ids=["256", "768", "2560", "5120"],
 )
-def test_a_step_matches_the_kernels_one_by_one(nm: str, dtype: torch.dtype, sizes: dict[str, Any]) -> None:
-    model = small_opt(nm, dtype=dtype, **sizes).to("cuda").eval()
+def test_a_step_matches_the_kernels_one_by_one(pattern: str, dtype: torch.dtype, sizes: dict[str, Any]) -> None:
+    model = small_opt(pattern, dtype=dtype, **sizes).to("cuda").eval()
     runner: Any = runner_for(model)
     assert isinstance(runner.layers, RowLayers)
     assert_steps_match_the_kernels_one_by_one(runner, list(runner.layers._rows.values()))
 
 
 @pytest.mark.gpu
-def test_generation_is_the_same_with_and_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
+def test_generation_is_the_same_with_and_without_them(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "engine")
-    same_generation_with_and_without("layers", "a kernel per product")
+    same_generation_with_and_without("layers", "a kernel per product", pattern)
 
 
 @pytest.mark.gpu
@@ -192,7 +300,7 @@ def test_a_finished_row_changes_nothing() -> None:
 def test_models_that_cannot_have_them() -> None:
     for model, reason in (
         (small_opt("2:4", dtype=torch.float32), "computes in torch.float32"),
-        (small_opt("1:4"), "neither all 2:4 nor all 4:8"),
+        (small_opt("1:4"), "neither all 2:4 nor all 4:8 nor all unstructured"),
         (small_opt("2:4", hidden_size=320, word_embed_proj_dim=320, num_attention_heads=5), "a row of 320 columns"),
     ):
         model = model.to("cuda").eval()
@@ -205,7 +313,7 @@ def test_models_that_cannot_have_them() -> None:
 
 @pytest.mark.gpu
 def test_wrong_arguments_are_refused() -> None:
-    product = RowProduct(32, 256, 4, torch.bfloat16, USUAL)
+    product = NmRowProduct(32, 256, torch.bfloat16, USUAL, False, 4)
     weight = torch.zeros(2 * 9 * 32 * 16, dtype=torch.uint8, device="cuda")
     x, y = (torch.zeros(1, n, dtype=torch.bfloat16, device="cuda") for n in (256, 32))
     with pytest.raises(InputError, match="x is"):
@@ -213,6 +321,14 @@ def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(InputError, match="a weight of 4608 bytes"):
         product(x, weight[:4608], None, y)
     with pytest.raises(InputError, match="asks for nothing"):
-        RowProduct(32, 256, 4, torch.bfloat16, USUAL, by_unit=True)(x, weight, None, y, ahead=ahead_of(weight, 64))
+        NmRowProduct(32, 256, torch.bfloat16, USUAL, False, 4, by_unit=True)(x, weight, None, y, ahead=ahead_of(weight, 64))
     with pytest.raises(InputError, match="begin at a multiple of 16"):
         product(torch.zeros(1, 257, dtype=torch.bfloat16, device="cuda")[:, 1:], weight, None, y)
+    streams = Streams(torch.zeros(4, dtype=torch.int32, device="cuda"), 21, 2)
+    stream = StreamRowProduct(32, 256, torch.bfloat16, replace(USUAL, parts=2, min_blocks=1), False, streams)
+    with pytest.raises(InputError, match=r"offsets torch.int32 \(4,\)"):
+        stream(x, weight.view(torch.bfloat16), None, y)
+    with pytest.raises(InputError, match="words of torch"):
+        stream(x, weight, None, y)
+    with pytest.raises(InputError, match="takes no LayerNorm"):
+        stream(x, weight, None, y, norm=RowNorm(x[0], x[0], 1e-5))

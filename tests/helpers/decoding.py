@@ -17,8 +17,8 @@ from sparse_engine.engine.choice import Choice
 from sparse_engine.engine.runner import Cache, Runner, Session, runner_for
 
 
-def small_opt(nm: str, **settings: Any) -> Any:
-    """Three layers of four heads of 64, trained on nothing."""
+def small_opt(pattern: str, **settings: Any) -> Any:
+    """Three layers of four heads of 64, trained on nothing, with weights of an N:M pattern or an unstructured sparsity ("0.5")."""
     torch.manual_seed(0)
     fields_ = {"hidden_size": 256, "ffn_dim": 768, "num_hidden_layers": 3, "num_attention_heads": 4, "word_embed_proj_dim": 256}
     fields_ |= {"vocab_size": 323, "max_position_embeddings": 640, "dtype": torch.bfloat16} | settings
@@ -27,7 +27,7 @@ def small_opt(nm: str, **settings: Any) -> Any:
     for parameter in dense.parameters():
         # Larger than at the start of a training, so that logits and attention have something to tell.
         parameter.data += torch.randn_like(parameter) * 0.05
-    return SparseOPTForCausalLM.from_dense(dense, nm=nm)
+    return SparseOPTForCausalLM.from_dense(dense, **({"nm": pattern} if ":" in pattern else {"sparsity": float(pattern)}))
 
 
 def admitted(runner: Runner, prompt: int, new: int) -> Any:
@@ -80,9 +80,9 @@ def assert_steps_match_the_kernels_one_by_one(runner: Any, scratch: Sequence[Ten
             session.step()
 
 
-def same_generation_with_and_without(attribute: str, path: str) -> None:
+def same_generation_with_and_without(attribute: str, path: str, pattern: str = "2:4") -> None:
     """Options of ``generate`` give the same tokens with what a GPU runner has as ``attribute``, whose path is ``path``, and without it."""
-    model = small_opt("2:4", dtype=torch.float16).to("cuda").eval()
+    model = small_opt(pattern, dtype=torch.float16).to("cuda").eval()
     ids = torch.randint(4, 300, (1, 37), generator=torch.Generator().manual_seed(3)).cuda()
     runner: Any = runner_for(model)
     cases: list[dict[str, Any]] = [{}, {"repetition_penalty": 1.4}, {"eos_token_id": None}, {"do_sample": True, "top_k": 1}]

@@ -2,6 +2,7 @@
 // many activation rows. Residuals, the bias and other blocks' sums are far, so a thread fetches several before it uses the first; such a
 // kernel has the registers. Needs decode_common.cuh before it.
 #pragma once
+#include "addend.cuh"
 
 // Fours that a thread has on their way at once.
 #define AT_ONCE 4
@@ -11,29 +12,6 @@ __device__ __forceinline__ void prefetch_bias(const Params& p) {
   const int first = blockIdx.x * BLOCK_ROWS, last = min(first + BLOCK_ROWS, p.rows);
   for (int row = first; p.bias && row < last; row += 64)
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p.bias + row));
-}
-
-// What the epilogue adds to four rows of the product, two elements a word, where those lie side by side (y_vector).
-struct Addend {
-  uint2 bias, residual;
-};
-
-// Of activation row n, from `row` on.
-__device__ __forceinline__ Addend load_addend(const Params& p, int n, int row) {
-  Addend found = {};
-  if (row >= p.rows) return found;
-  if (p.bias) found.bias = *(const uint2*)(p.bias + row);
-  if (p.residual) found.residual = *(const uint2*)(p.residual + (size_t)n * p.rows + row);
-  return found;
-}
-
-// Four rows of the product for activation row n, of which those from p.rows on are padding.
-__device__ __forceinline__ void store_vector(const Params& p, int n, int row, const float4& sums, const Addend& add) {
-  if (row >= p.rows) return;
-  const uint2 b = add.bias, r = add.residual;
-  *(ushort4*)(p.y + (size_t)n * p.rows + row) = make_ushort4(
-      from_float(epilogue(p, sums.x, (u16)b.x, (u16)r.x)), from_float(epilogue(p, sums.y, (u16)(b.x >> 16), (u16)(r.x >> 16))),
-      from_float(epilogue(p, sums.z, (u16)b.y, (u16)r.y)), from_float(epilogue(p, sums.w, (u16)(b.y >> 16), (u16)(r.y >> 16))));
 }
 
 // Four of the sums of all k-warps.

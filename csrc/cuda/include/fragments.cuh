@@ -62,6 +62,18 @@ __device__ __forceinline__ void load_shared_x4(u32 address, u32 (&b)[4]) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(address) : "memory");
 }
 
+// Only where `condition` holds; elsewhere b stays.
+__device__ __forceinline__ void load_shared_x4_if(u32 address, bool condition, u32 (&b)[4]) {
+  asm volatile("{\n"
+               ".reg .pred holds;\n"
+               "setp.ne.u32 holds, %5, 0;\n"
+               "@holds ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+               "}"
+               : "+r"(b[0]), "+r"(b[1]), "+r"(b[2]), "+r"(b[3])
+               : "r"(address), "r"((u32)condition)
+               : "memory");
+}
+
 #if ELEM_BF16
 #define MMA_TYPES "f32.bf16.bf16.f32"
 #else

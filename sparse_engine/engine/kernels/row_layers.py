@@ -1,21 +1,24 @@
-"""The layers of a decode step of one row, product by product (csrc/cuda/decode_row.cu), with LayerNorms inside the products that follow."""
+"""The layers of a decode step of one row, product by product, with LayerNorms inside the products that follow."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sparse_engine.backends.cuda_decode import Streams
 from sparse_engine.backends.cuda_sources import UNIT, Gpu, Tile
 from sparse_engine.engine.kernels import launching
 from sparse_engine.engine.kernels.ahead import Ahead, ahead_of
 from sparse_engine.engine.kernels.attention import attention_decode
 from sparse_engine.engine.kernels.layer_tensors import LayerTensors
 from sparse_engine.engine.kernels.layernorm import layer_norm
-from sparse_engine.engine.kernels.row_product import RowNorm, RowProduct
+from sparse_engine.engine.kernels.row_product import NmRowProduct, RowNorm, RowProduct
+from sparse_engine.engine.kernels.row_stream import StreamRowProduct, fit_row
 
-__all__ = ["RowLayers", "Widths", "row_products"]
+__all__ = ["RowLayers", "Widths", "nm_products", "stream_products"]
 
 _BY_UNIT_FROM = 4096
 """Width from which products without a LayerNorm, whose rows are long then, take them unit by unit.
@@ -33,7 +36,7 @@ _OUT_AHEAD, _FC2_AHEAD = 3_000_000, 10_000_000
 
 @dataclass(frozen=True, slots=True)
 class Widths:
-    """Of a model: the state, the ReLU network's middle, a head; columns of a group of the pattern, 4 of 2:4 or 8 of 4:8."""
+    """Of a model: the state, the ReLU network's middle, a head; columns of a group of the pattern, 4 of 2:4, 8 of 4:8, 0 of none."""
 
     hidden: int
     ffn: int
@@ -41,8 +44,8 @@ class Widths:
     group: int
 
 
-def row_products(widths: Widths, dtype: torch.dtype, here: Gpu) -> dict[str, RowProduct]:
-    """The four products of a layer, with the tiles that were best in steps of 1.3B and 13B on an H200, and between by their rules.
+def nm_products(widths: Widths, dtype: torch.dtype, here: Gpu) -> dict[str, RowProduct]:
+    """The four products of a layer of N:M weights, with the tiles that were best in steps of 1.3B and 13B on an H200, and between by rules.
 
     Raises:
         InputError: the kernel has no form for the widths.
@@ -60,27 +63,55 @@ def row_products(widths: Widths, dtype: torch.dtype, here: Gpu) -> dict[str, Row
     fc2 = usual if -(-hidden // 16) > here.processors else Tile(1, 1, 1, 16, min_blocks=1)
     by_unit = hidden >= _BY_UNIT_FROM
     return {
-        "qkv": RowProduct(3 * hidden, hidden, group, dtype, qkv, normed=True),
-        "out": RowProduct(hidden, hidden, group, dtype, usual, by_unit=by_unit),
-        "fc1": RowProduct(ffn, hidden, group, dtype, fc1, normed=True),
-        "fc2": RowProduct(hidden, ffn, group, dtype, fc2, by_unit=by_unit),
+        "qkv": NmRowProduct(3 * hidden, hidden, dtype, qkv, True, group),
+        "out": NmRowProduct(hidden, hidden, dtype, usual, False, group, by_unit),
+        "fc1": NmRowProduct(ffn, hidden, dtype, fc1, True, group),
+        "fc2": NmRowProduct(hidden, ffn, dtype, fc2, False, group, by_unit),
     }
+
+
+def stream_products(widths: Widths, streams: Mapping[str, Streams], dtype: torch.dtype, here: Gpu) -> dict[str, RowProduct]:
+    """The four products of a layer of unstructured weights.
+
+    Raises:
+        InputError: the kernel has no form for the widths, or no room for the units.
+    """
+    hidden, ffn = widths.hidden, widths.ffn
+    shapes = {"qkv": (3 * hidden, hidden), "out": (hidden, hidden), "fc1": (ffn, hidden), "fc2": (hidden, ffn)}
+    found: dict[str, RowProduct] = {}
+    for name, (rows, columns) in shapes.items():
+        tile = Tile(1, 1, 1, 12, streams[name].parts, min_blocks=1, table_copies=8)
+        normed = name in ("qkv", "fc1")
+        found[name] = fit_row(StreamRowProduct(rows, columns, dtype, tile, normed, streams[name]), here)
+    return found
 
 
 class RowLayers:
     """The layers of one model on one device, with the LayerNorm behind them. Steps of a model must follow each other on one stream.
 
     Args:
+        streams: of each layer's unstructured weights; none of others.
         final: scale and shift of the last LayerNorm.
 
     Raises:
         InputError: the kernel has no form for the widths.
     """
 
-    def __init__(self, layers: tuple[LayerTensors, ...], final: tuple[Tensor, Tensor], eps: float, widths: Widths) -> None:
+    def __init__(
+        self,
+        layers: tuple[LayerTensors, ...],
+        streams: tuple[dict[str, Streams], ...],
+        final: tuple[Tensor, Tensor],
+        eps: float,
+        widths: Widths,
+    ) -> None:
         self.layers, self.final, self.eps, self.widths = layers, final, eps, widths
         self.dtype, self.device = final[0].dtype, final[0].device
-        self.products = row_products(widths, self.dtype, launching.gpu(self.device.index))
+        here = launching.gpu(self.device.index)
+        if widths.group:
+            self.products = (nm_products(widths, self.dtype, here),) * len(layers)
+        else:
+            self.products = tuple(stream_products(widths, each, self.dtype, here) for each in streams)
         # What one kernel leaves for another: the state is the same memory for all layers.
         sizes = {"state": widths.hidden, "qkv": 3 * widths.hidden, "attended": widths.hidden, "middle": widths.ffn}
         self._rows = {name: torch.empty(1, size, dtype=self.dtype, device=self.device) for name, size in sizes.items()}
@@ -94,11 +125,11 @@ class RowLayers:
             InputError: shapes, types or devices do not fit.
             KernelUnavailableError: a kernel cannot be compiled or launched.
         """
-        run, rows, asks = self.products, self._rows, self.widths.hidden >= _AHEAD_FROM
+        rows, asks = self._rows, self.widths.hidden >= _AHEAD_FROM
         launching.check("lengths", lengths, (1,), torch.int32, self.device)
         scale = self.widths.head_size**-0.5
         state = h
-        for layer, keys, values in zip(self.layers, k_cache, v_cache, strict=True):
+        for layer, run, keys, values in zip(self.layers, self.products, k_cache, v_cache, strict=True):
             norm = RowNorm(layer.attention_scale, layer.attention_shift, self.eps)
             run["qkv"](state, layer.qkv, layer.qkv_bias, rows["qkv"], norm=norm)
             asked = ahead_of(layer.out, _OUT_AHEAD) if asks else Ahead()

@@ -1,12 +1,14 @@
-"""The product of one activation row, or of its LayerNorm, with a 2:4 or 4:8 weight in fragment order.
+"""The product of one activation row, or of its LayerNorm, with a packed weight, one launch.
 
-csrc/cuda/decode_row.cu has the whole row in shared memory before its blocks go from row tile to row tile; csrc/cuda/decode_nm.cu brings it
-unit by unit, for rows so long that the products must not wait for all of it.
+Each layout of weights has a kernel of its own: a subclass here for 2:4 and 4:8 in fragment order (csrc/cuda/decode_row.cu has the whole row
+in shared memory before its blocks go from row tile to row tile; csrc/cuda/decode_nm.cu brings it unit by unit, for rows so long that the
+products must not wait for all of it), another in :mod:`sparse_engine.engine.kernels.row_stream`.
 """
 
 from __future__ import annotations
 
 import ctypes
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +21,7 @@ from sparse_engine.engine.kernels import launching
 from sparse_engine.engine.kernels.ahead import Ahead
 from sparse_engine.errors import InputError
 
-__all__ = ["WIDEST_NORM", "RowNorm", "RowProduct"]
+__all__ = ["WIDEST_NORM", "NmRowProduct", "RowNorm", "RowProduct"]
 
 WIDEST_NORM = 8192
 """Columns up to which layernorm.cu, whose results these are, has one vector for each of its threads."""
@@ -37,20 +39,18 @@ class RowNorm:
 
 
 class _Params(ctypes.Structure):
-    """``RowParams`` of csrc/cuda/decode_row.cu."""
+    """``RowParams`` of csrc/cuda/include/row_input.cuh."""
 
     _fields_ = (("product", Params), ("scale", ctypes.c_void_p), ("shift", ctypes.c_void_p), ("eps", ctypes.c_float), ("ahead", Ahead))
 
 
 @dataclass(frozen=True, slots=True)
-class RowProduct:
+class RowProduct(ABC):
     """How a weight (``rows``, ``columns``) is multiplied by one row.
 
     Attributes:
-        group: 4 of a 2:4 pattern or 8 of 4:8.
-        tile: of one n-tile, row tile and warp along the rows, without splits.
+        tile: of one n-tile, row tile and warp along the rows, without splits; its clusters share a row tile.
         normed: by the row's LayerNorm.
-        by_unit: through decode_nm.cu, which neither has LayerNorms nor asks for what the next launch reads.
 
     Raises:
         InputError: there is no such kernel.
@@ -58,38 +58,48 @@ class RowProduct:
 
     rows: int
     columns: int
-    group: int
     dtype: torch.dtype
     tile: Tile
-    normed: bool = False
-    by_unit: bool = False
+    normed: bool
 
     def __post_init__(self) -> None:
         if self.columns % UNIT or (self.normed and self.columns > WIDEST_NORM):
             raise InputError(f"a row of {self.columns} columns: they are multiples of {UNIT}, with a LayerNorm up to {WIDEST_NORM}")
-        if self.normed and self.by_unit:
-            raise InputError("a LayerNorm of a row that comes unit by unit")
 
     @property
+    @abstractmethod
     def file(self) -> str:
-        return "decode_nm.cu" if self.by_unit else "decode_row.cu"
+        """The source, whose function has its name."""
 
+    @abstractmethod
     def macros(self) -> dict[str, int]:
         """What the source is compiled with."""
-        own = {} if self.by_unit else {"COLS": self.columns, "NORMED": int(self.normed)}
-        return {**dict(macros_of(_SOURCES[self.group], self.tile, self.dtype)), **own}
 
+    @abstractmethod
     def shared_bytes(self) -> int:
-        """Shared memory of a block: zeros, the row, with a LayerNorm its shifts and moments; sums of two tiles; what is added to them."""
-        if self.by_unit:
-            return _SOURCES[self.group].shared_bytes(self.tile, 1, 0)
-        norm = 2 * self.columns + -(-8 * (self.columns // UNIT) // 16) * 16 if self.normed else 0
-        return _ZERO_BYTES + 2 * self.columns + norm + 8 * self.tile.warps_k * (self.tile.block_rows + 4) + 4 * self.tile.block_rows
+        """Shared memory of a block."""
+
+    @abstractmethod
+    def _misfit(self, weight: Tensor) -> str | None:
+        """What is wrong with a weight, and what is expected."""
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return 32 * self.tile.warps_k
 
     def blocks(self, here: Gpu) -> int:
-        """One for each row tile, or those that are resident at once, so that a block normalises the row once for several tiles."""
-        tiles = -(-self.rows // self.tile.block_rows)
-        return tiles if self.by_unit else min(tiles, here.processors * blocks_at_once(self.tile, self.shared_bytes(), here))
+        """Clusters: one for each row tile, or those that are resident at once, so that a block normalises the row once for several."""
+        resident = here.processors * blocks_at_once(self.tile, self.shared_bytes(), here)
+        return min(-(-self.rows // self.tile.block_rows), resident // self.tile.cluster)
+
+    def _norm_bytes(self) -> int:
+        """Of the row's shifts and moments."""
+        return 2 * self.columns + -(-8 * (self.columns // UNIT) // 16) * 16 if self.normed else 0
+
+    def _argument(self, params: _Params) -> ctypes.Structure:
+        """The kernel's, whose product lacks what only its layout has."""
+        return params
 
     def __call__(
         self,
@@ -118,19 +128,15 @@ class RowProduct:
             shapes += [("the LayerNorm's scale", norm.scale, (self.columns,)), ("its shift", norm.shift, (self.columns,))]
         for name, tensor, shape in shapes:
             launching.check(name, tensor, shape, self.dtype, weight.device)
-        extent = -(-self.rows // 16) * (self.columns // UNIT) * 9 * 32 * 16
-        nbytes = weight.numel() * weight.element_size()
-        if (norm is not None) != self.normed or nbytes != extent or not weight.is_contiguous():
-            kind = "a LayerNorm" if self.normed else "no LayerNorm"
-            raise InputError(f"a weight of {nbytes} bytes; {extent} are expected, and {kind}")
-        if self.by_unit and ahead is not None:
-            raise InputError("decode_nm.cu asks for nothing of what the next launch reads")
+        if (norm is not None) != self.normed:
+            raise InputError(f"the product takes {'a' if self.normed else 'no'} LayerNorm")
+        if (wrong := self._misfit(weight)) is not None:
+            raise InputError(wrong)
         read = (x, weight, *((norm.scale, norm.shift) if norm is not None else ()))
         if any(tensor.data_ptr() % 16 for tensor in read):
             raise InputError("a row, its weight or its LayerNorm does not begin at a multiple of 16 bytes")
-        product = kernel_params(x, weight, bias, residual, y, self.columns // UNIT, relu)
         params = _Params(
-            product,
+            kernel_params(x, weight, bias, residual, y, self.columns // UNIT, relu),
             norm.scale.data_ptr() if norm is not None else None,
             norm.shift.data_ptr() if norm is not None else None,
             norm.eps if norm is not None else 0.0,
@@ -140,9 +146,56 @@ class RowProduct:
             self.file,
             self.file.removesuffix(".cu"),
             self.macros(),
-            (self.blocks(launching.gpu(weight.device.index)), 1),
-            32 * self.tile.warps_k,
-            product if self.by_unit else params,
+            (self.blocks(launching.gpu(weight.device.index)), self.tile.cluster),
+            self.threads,
+            self._argument(params),
             weight.device,
+            cluster=self.tile.cluster,
             shared_bytes=self.shared_bytes(),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class NmRowProduct(RowProduct):
+    """The product with a 2:4 or 4:8 weight in fragment order.
+
+    Attributes:
+        group: 4 of a 2:4 pattern or 8 of 4:8.
+        by_unit: through decode_nm.cu, which neither has LayerNorms nor asks for what the next launch reads.
+    """
+
+    group: int
+    by_unit: bool = False
+
+    def __post_init__(self) -> None:
+        RowProduct.__post_init__(self)
+        if self.normed and self.by_unit:
+            raise InputError("a LayerNorm of a row that comes unit by unit")
+
+    @property
+    def file(self) -> str:
+        return "decode_nm.cu" if self.by_unit else "decode_row.cu"
+
+    def macros(self) -> dict[str, int]:
+        own = {} if self.by_unit else {"COLS": self.columns, "NORMED": int(self.normed)}
+        return {**dict(macros_of(_SOURCES[self.group], self.tile, self.dtype)), **own}
+
+    def shared_bytes(self) -> int:
+        """Zeros, the row, with a LayerNorm its shifts and moments; sums of two tiles; what is added to them."""
+        if self.by_unit:
+            return _SOURCES[self.group].shared_bytes(self.tile, 1, 0)
+        sums = 8 * self.tile.warps_k * (self.tile.block_rows + 4)
+        return _ZERO_BYTES + 2 * self.columns + self._norm_bytes() + sums + 4 * self.tile.block_rows
+
+    def _misfit(self, weight: Tensor) -> str | None:
+        nbytes, expected = weight.numel() * weight.element_size(), -(-self.rows // 16) * (self.columns // UNIT) * 9 * 32 * 16
+        fits = nbytes == expected and weight.is_contiguous()
+        return None if fits else f"a weight of {nbytes} bytes; {expected} are expected, without gaps"
+
+    def blocks(self, here: Gpu) -> int:
+        return -(-self.rows // self.tile.block_rows) if self.by_unit else RowProduct.blocks(self, here)
+
+    def _argument(self, params: _Params) -> ctypes.Structure:
+        if self.by_unit and params.ahead.bytes:
+            raise InputError("decode_nm.cu asks for nothing of what the next launch reads")
+        return params.product if self.by_unit else params
