@@ -88,6 +88,12 @@ def test_deep_units_leave_room_for_fewer_warps() -> None:
         fit_row(replace(usual, streams=streams_of(usual.columns, 1000)), H200)
 
 
+def test_clusters_share_few_long_row_tiles() -> None:
+    for hidden in WIDTHS:
+        clusters = {name: product.tile.cluster for name, product in products(hidden, 0).items()}
+        assert clusters == {"qkv": 1, "out": 1, "fc1": 1, "fc2": 2 if hidden > 2048 else 1}
+
+
 def test_products_of_long_rows_take_them_unit_by_unit() -> None:
     for hidden in WIDTHS:
         files = {name: product.file for name, product in products(hidden).items()}
@@ -201,10 +207,11 @@ def test_against_float64(columns: int, tile: Tile, pattern: str, dtype: torch.dt
     ("columns", "tile", "row_warps"),
     [
         (256, Tile(1, 1, 1, 3, 2, min_blocks=4, table_copies=4), 1),
+        (768, Tile(1, 1, 1, 6, 2, stages=1, min_blocks=3, table_copies=4), 2),
         (768, Tile(1, 1, 1, 12, 2, min_blocks=1, table_copies=8), 4),
         (1024, Tile(1, 1, 1, 6, 2, stages=1, min_blocks=2, table_copies=4, cluster=2), 2),
         (1280, Tile(1, 1, 1, 8, 1, stages=3, min_blocks=1, table_copies=4), 4),
-        (5120, Tile(1, 1, 1, 12, 1, min_blocks=1, table_copies=8), 4),
+        (5120, Tile(1, 1, 1, 8, 1, min_blocks=1, table_copies=8), 4),
         (5120, Tile(1, 1, 1, 12, 1, min_blocks=1, table_copies=8, cluster=2), 4),
     ],
 )
@@ -280,9 +287,26 @@ def test_they_run_by_default_where_they_were_measured_to_be_faster(monkeypatch: 
     assert isinstance(runner.layers, RowLayers)
     assert runner.path(1) == "a kernel per product"
     assert runner.path(2) == "cuda graphs"
-    for nm, settings in (("4:8", sizes), ("2:4", {}), ("2:4", sizes | {"dtype": torch.float32})):
-        other: Any = runner_for(small_opt(nm, num_hidden_layers=1, **settings).to("cuda").eval())
+    # Units of any depth leave room for some form of the kernel.
+    for sparsity in ("0.3", "0.5", "0.9"):
+        unstructured: Any = runner_for(small_opt(sparsity, num_hidden_layers=1, **sizes).to("cuda").eval())
+        assert isinstance(unstructured.layers, RowLayers)
+    for pattern, settings in (("1:4", sizes), ("2:4", {}), ("0.5", {}), ("0.5", sizes | {"dtype": torch.float32})):
+        other: Any = runner_for(small_opt(pattern, num_hidden_layers=1, **settings).to("cuda").eval())
         assert other.layers is None
+
+
+@pytest.mark.gpu
+def test_by_default_kernels_run_where_units_leave_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 768, "word_embed_proj_dim": 768, "ffn_dim": 768, "num_attention_heads": 12}
+    model = small_opt("0.5", num_hidden_layers=1, **sizes).to("cuda").eval()
+    here = replace(gpu(0), shared_limit=8192)
+    monkeypatch.setattr("sparse_engine.engine.kernels.row_layers.launching.gpu", lambda index: here)
+    with pytest.raises(InputError, match=r"units of \d+ words"):
+        runner_for(model)
+    monkeypatch.delenv(STEP)
+    runner: Any = runner_for(model)
+    assert runner.layers is None
 
 
 @pytest.mark.gpu
