@@ -28,7 +28,8 @@ On an H200 whole rows made a step of 1.3B faster by 4 %, and none of 13B.
 _AHEAD_FROM = 5120
 """Width from which attention and the network's first product ask for what the next product reads.
 
-On an H200 a step of 13B was faster by 1 %; one of 1.3B was slower, whatever was asked for and wherever, by 1 to 15 %.
+On an H200 a step of 13B was faster by 1 %; one of 1.3B was slower, whatever was asked for and wherever, by 1 to 15 %. Of unstructured
+weights, 13B was as fast and 1.3B slower by 2 %; the small ones, which ask as well, are 125M: faster by 1 %.
 """
 _OUT_AHEAD, _FC2_AHEAD = 3_000_000, 10_000_000
 """Bytes. A step of 13B was not faster with more, nor with what other products read."""
@@ -107,9 +108,9 @@ def _small_tile(rows: int, columns: int, parts: int, here: Gpu) -> tuple[Tile, i
 def _wide_tile(rows: int, columns: int, parts: int, here: Gpu) -> tuple[Tile, int]:
     """The tile, and the warps that bring the row: one large block on each multiprocessor.
 
-    With twelve warps instead of eight, products of 1.3B to 13B took up to 8 % longer, with two blocks of six up to 52 %. Clusters share the
-    tiles of long rows where a block has more than one: a multiprocessor has two or three of the last product of 13B, which took 17 % less
-    time so, and one of 6.7B as much. Other products took 5 to 56 % longer.
+    Clusters share the tiles of long rows where a block has more than one: a multiprocessor has two or three of the last product of 13B,
+    which took 17 % less time so, and one of 6.7B as much; other products took 5 to 56 % longer. With twelve warps instead of eight those
+    of 1.3B to 6.7B took up to 8 % longer, with two blocks of six up to 52 %.
     """
     if columns >= _LONG_FROM and -(-rows // 16) > here.processors:
         return Tile(1, 1, 1, 12, parts, min_blocks=1, table_copies=8, cluster=2), 4
@@ -142,6 +143,7 @@ class RowLayers:
             self.products = (nm_products(widths, self.dtype, here),) * len(layers)
         else:
             self.products = tuple(stream_products(widths, each, self.dtype, here) for each in streams)
+        self._asks = widths.hidden >= _AHEAD_FROM or (not widths.group and widths.hidden <= _SMALL_UP_TO)
         # What one kernel leaves for another: the state is the same memory for all layers.
         sizes = {"state": widths.hidden, "qkv": 3 * widths.hidden, "attended": widths.hidden, "middle": widths.ffn}
         self._rows = {name: torch.empty(1, size, dtype=self.dtype, device=self.device) for name, size in sizes.items()}
@@ -155,7 +157,7 @@ class RowLayers:
             InputError: shapes, types or devices do not fit.
             KernelUnavailableError: a kernel cannot be compiled or launched.
         """
-        rows, asks = self._rows, self.widths.hidden >= _AHEAD_FROM
+        rows, asks = self._rows, self._asks
         launching.check("lengths", lengths, (1,), torch.int32, self.device)
         scale = self.widths.head_size**-0.5
         state = h
