@@ -31,8 +31,10 @@ from sparse_engine.errors import InputError
 __all__ = [
     "MAX_ROWS",
     "UNIT",
+    "Ahead",
     "Gpu",
     "Params",
+    "RowParams",
     "Source",
     "StreamSource",
     "Streams",
@@ -60,13 +62,45 @@ class Params(ctypes.Structure):
     )
 
 
-def kernel_params(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor, units: int, relu: bool) -> Params:
+class Ahead(ctypes.Structure):
+    """``Ahead`` of ahead.cuh; made of no arguments, nothing. What it points at must outlive the launch."""
+
+    _fields_ = (("first", ctypes.c_void_p), ("bytes", ctypes.c_int))
+
+
+class RowParams(ctypes.Structure):
+    """``RowParams`` of row_input.cuh; without a LayerNorm only ``product`` and ``ahead`` are read."""
+
+    _fields_ = (("product", Params), ("scale", ctypes.c_void_p), ("shift", ctypes.c_void_p), ("eps", ctypes.c_float), ("ahead", Ahead))
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """The further parts of an unstructured weight, see csrc/cuda/paired.cuh."""
+
+    offsets: Tensor
+    depth: int
+    """Words of the deepest unit."""
+    parts: int
+    """Units are 256 / parts columns."""
+
+
+def kernel_params(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    units: int,
+    relu: bool,
+    streams: Streams | None = None,
+) -> Params:
     """``Params`` of decode_common.cuh for a kernel that takes all of x (m, columns), 16-byte aligned rows, at once; y is (..., rows)."""
     rows = y.shape[-1]
     stored = (y.data_ptr(), *(t.data_ptr() for t in (bias, residual) if t is not None))
     return Params(
         weight.data_ptr(),
-        None,
+        streams.offsets.data_ptr() if streams is not None else None,
         x.data_ptr(),
         bias.data_ptr() if bias is not None else None,
         residual.data_ptr() if residual is not None else None,
@@ -79,7 +113,7 @@ def kernel_params(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tens
         int(relu),
         1,
         int(rows % 4 == 0 and all(at % 8 == 0 for at in stored)),
-        0,
+        streams.depth if streams is not None else 0,
         0,
     )
 
@@ -102,17 +136,6 @@ def check_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
         raise InputError(f"residual is {residual.dtype} {tuple(residual.shape)}, expected contiguous {x.dtype} {shape}")
     if any(t is not None and t.device != x.device for t in (weight, bias, residual)):
         raise InputError(f"x lies on {x.device} and the weight, bias or residual elsewhere; move them to one device")
-
-
-@dataclass(frozen=True, slots=True)
-class Streams:
-    """The further parts of an unstructured weight, see csrc/cuda/paired.cuh."""
-
-    offsets: Tensor
-    depth: int
-    """Words of the deepest unit."""
-    parts: int
-    """Units are 256 / parts columns."""
 
 
 def _arrange(source: WarpgroupSource, tile: Tile, params: Params, x: Tensor, subtiles: int, warps: int, here: Gpu, device: int) -> Tensor:

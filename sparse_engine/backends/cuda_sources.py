@@ -24,6 +24,8 @@ __all__ = [
     "fit",
     "gpu",
     "macros_of",
+    "resident_clusters",
+    "row_input_bytes",
     "stream_bytes",
     "whole_lines",
 ]
@@ -165,6 +167,16 @@ class StreamSource(Source):
 def blocks_at_once(tile: Tile, shared: int, here: Gpu) -> int:
     """Blocks of a tile on one multiprocessor, whose shared memory is 1 KB more than a block may have and of which each block takes 1 KB."""
     return min(tile.min_blocks, (here.shared_limit + 1024) // (shared + 1024))
+
+
+def resident_clusters(tile: Tile, rows: int, shared: int, here: Gpu) -> int:
+    """One cluster for each row tile, or those that are resident at once, so that a block brings the activation row once for several."""
+    return min(-(-rows // tile.block_rows), here.processors * blocks_at_once(tile, shared, here) // tile.cluster)
+
+
+def row_input_bytes(columns: int, *, normed: bool) -> int:
+    """Shared memory of row_input.cuh: the activation row; with a LayerNorm its shifts and moments."""
+    return 2 * columns + (2 * columns + -(-8 * (columns // UNIT) // 16) * 16 if normed else 0)
 
 
 def _staged_rows(tile: Tile, m: int) -> int:

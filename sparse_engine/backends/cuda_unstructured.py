@@ -1,6 +1,7 @@
 """Unstructured weights on NVIDIA GPUs, few activation rows: every lane of a warp expands its own stream of values from its mask.
 
-The kernels are csrc/cuda/decode_unstructured.cu and, for more rows on Hopper, decode_wgmma.cu; paired.cuh describes the layout.
+The kernels are csrc/cuda/decode_unstructured.cu and, on Hopper, decode_row_unstructured.cu for a single row and decode_wgmma.cu for more
+rows; paired.cuh describes the layout.
 What runs more rows than a kernel takes is chosen by cuda_prefill.py.
 """
 
@@ -15,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_engine import cuda
-from sparse_engine.backends import cuda_prefill
-from sparse_engine.backends.cuda_decode import UNIT, Streams, run_decode
+from sparse_engine.backends import cuda_prefill, cuda_row_stream
+from sparse_engine.backends.cuda_decode import UNIT, Streams, gpu, run_decode
 from sparse_engine.backends.cuda_tiles import choose, compilations, configs, current_gpu, estimate_us, parse, unstructured_parts
 from sparse_engine.formats.base import PackedWeight, unpack_bits
 from sparse_engine.ops import define_linear
@@ -203,6 +204,10 @@ def _linear(
     streams = Streams(offsets, depth, parts)
     if x.numel() >= cuda_prefill.FEWEST_ROWS * columns:
         return cuda_prefill.product(_NAME, cuda_prefill.Call("unstructured", x, weight, bias, residual, rows, columns, relu, streams))
+    if x.numel() == columns:
+        row = cuda_row_stream.choose(_NAME, x.dtype, rows, columns, depth, gpu(x.device.index))
+        if row is not None:
+            return cuda_row_stream.run_row(row, x, weight, bias, residual, rows, relu, streams)
     return run_decode(_choose, x, weight, bias, residual, rows, columns, relu, streams)
 
 
@@ -240,12 +245,14 @@ class CudaUnstructuredKernel(Kernel):
     def configs(self, problem: Problem) -> Sequence[Config]:
         if problem.rows >= cuda_prefill.FEWEST_ROWS:
             return cuda_prefill.configs_of(problem)
-        return configs("unstructured", problem, current_gpu())
+        here = current_gpu()
+        return [*cuda_row_stream.configs(problem, here), *configs("unstructured", problem, here)]
 
     def compilations(self, problem: Problem, config: Config) -> Sequence[tuple[str, str, tuple[tuple[str, int], ...]]]:
         if problem.rows >= cuda_prefill.FEWEST_ROWS:
             return cuda_prefill.compilations_of(problem, config)
-        return compilations("unstructured", problem, config, current_gpu())
+        here = current_gpu()
+        return cuda_row_stream.compilations(problem, config, here) or compilations("unstructured", problem, config, here)
 
     def layout_nbytes(self, problem: Problem, packed: PackedWeight) -> int | None:
         if "bitmask" not in packed.tensors or packed.tensors["bitmask"].is_meta:
@@ -303,12 +310,16 @@ class CudaUnstructuredKernel(Kernel):
 
     def run_config(self, x: Tensor, layout: Layout, bias: Tensor | None, pattern: SparsityPattern, config: Config) -> Tensor:
         rows, columns = layout["extent"].shape[:2]
-        call = cuda_prefill.Call("unstructured", x, layout["weight"], bias, None, rows, columns, False, streams_of(layout))
+        streams = streams_of(layout)
+        call = cuda_prefill.Call("unstructured", x, layout["weight"], bias, None, rows, columns, False, streams)
         if (y := cuda_prefill.run_config(call, config)) is not None:
             return y
+        row = cuda_row_stream.parse_row(config, columns, gpu(x.device.index)) if x.numel() == columns else None
+        if row is not None:
+            return cuda_row_stream.run_row(row, x, layout["weight"], bias, None, rows, False, streams)
         if (chosen := parse("unstructured", config)) is None:
             return self.run(x, layout, bias, pattern)
-        return run_decode(lambda *_: chosen, x, layout["weight"], bias, None, rows, columns, False, streams_of(layout))
+        return run_decode(lambda *_: chosen, x, layout["weight"], bias, None, rows, columns, False, streams)
 
 
 def streams_of(layout: Layout) -> Streams:

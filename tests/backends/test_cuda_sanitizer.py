@@ -13,6 +13,8 @@ import ast, sys
 import torch
 from products import expected_product, relative_error
 from sparse_engine import registry
+from sparse_engine.backends import cuda_row_stream
+from sparse_engine.backends.cuda_decode import gpu
 from sparse_engine.backends.cuda_tiles import parse, unstructured_parts
 from sparse_engine.bench.shapes import random_packed
 from sparse_engine.pattern import SparsityPattern
@@ -21,15 +23,20 @@ file, patterns, tiles = sys.argv[1], sys.argv[2].split(","), ast.literal_eval(sy
 for pattern in patterns:
     kernel = registry.get("cuda_unstructured" if pattern == "unstructured" else "cuda_nm")
     parsed = SparsityPattern.parse("0.5" if pattern == "unstructured" else pattern)
-    # The last row tile and the last unit are not full; an unstructured weight of few columns has units of 128.
+    # The last row tile is not full, nor the last unit where the kernel takes such; unstructured weights of few columns have units of 128.
     for rows, columns in ((200, 1288), (72, 520)):
+        if file == cuda_row_stream.SOURCE:
+            columns -= 8
         packed = random_packed((rows, columns), parsed, torch.bfloat16, "cuda")
         layout = kernel.prepare(packed)
         bias = torch.randn(rows, device="cuda", dtype=torch.bfloat16)
         for m, *tile in tiles:
-            if pattern == "unstructured":
-                tile[4] = unstructured_parts(columns)
-            assert parse(pattern, (file, *tile)), tile
+            if file == cuda_row_stream.SOURCE:
+                assert cuda_row_stream.parse_row((file, *tile), columns, gpu(0)), tile
+            else:
+                if pattern == "unstructured":
+                    tile[4] = unstructured_parts(columns)
+                assert parse(pattern, (file, *tile)), tile
             x = torch.randn(m, columns, device="cuda", dtype=torch.bfloat16)
             y = kernel.run_config(x, layout, bias, parsed, (file, *tile))
             assert relative_error(y, expected_product(x, packed, bias)) < 1e-2, (rows, m, tile)
@@ -37,7 +44,7 @@ torch.cuda.synchronize()
 print("clean:", len(patterns) * len(tiles))
 """
 
-# Activation rows, then the fields of a tile.
+# Activation rows, then the fields of a configuration.
 _MMA = [
     *((1, 1, 1, 1, 4, 1, 1, 2, 2, 16, 1), (5, 1, 1, 2, 2, 1, 2, 2, 2, 16, 1), (16, 2, 1, 2, 2, 1, 1, 2, 2, 8, 1)),
     (33, 8, 1, 2, 4, 1, 2, 2, 1, 8, 1),
@@ -46,6 +53,7 @@ _SHARED_UNITS = [(1, 1, 1, 1, 4, 4, 1, 2, 2, 16, 1), (7, 1, 2, 2, 4, 2, 1, 2, 1,
 CASES = [
     ("decode_nm.cu", "2:4,4:8", [*_MMA, *_SHARED_UNITS]),
     ("decode_unstructured.cu", "unstructured", _MMA),
+    ("decode_row_unstructured.cu", "unstructured", [(1, 8, 2, 8, 1, 4, 1), (1, 3, 1, 4, 3, 2, 1), (1, 6, 2, 4, 1, 4, 2)]),
     *(
         (
             "decode_wgmma.cu",

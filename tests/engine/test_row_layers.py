@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_engine import cuda, formats
-from sparse_engine.backends.cuda_decode import Streams, run_decode
+from sparse_engine.backends.cuda_decode import RowParams, Streams, run_decode
 from sparse_engine.backends.cuda_nm import to_fragments
 from sparse_engine.backends.cuda_sources import Tile, fit
 from sparse_engine.backends.cuda_tiles import MMA_UNSTRUCTURED, unstructured_parts
@@ -28,7 +28,6 @@ from sparse_engine.engine.kernels.ahead import Ahead, ahead_of
 from sparse_engine.engine.kernels.launching import gpu
 from sparse_engine.engine.kernels.row_layers import RowLayers, Widths, nm_products, stream_products
 from sparse_engine.engine.kernels.row_product import NmRowProduct, RowNorm, RowProduct
-from sparse_engine.engine.kernels.row_product import _Params as RowParams
 from sparse_engine.engine.kernels.row_stream import StreamRowProduct, fit_row
 from sparse_engine.engine.rows import row_layers
 from sparse_engine.engine.runner import runner_for

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-
 from torch import Tensor
+
+from sparse_engine.backends.cuda_decode import Ahead
 
 __all__ = ["Ahead", "ahead_of"]
 
 _ALIGNED = 16
-
-
-class Ahead(ctypes.Structure):
-    """``Ahead`` of csrc/cuda/include/ahead.cuh; made of no arguments, nothing. What it points at must outlive the launch."""
-
-    _fields_ = (("first", ctypes.c_void_p), ("bytes", ctypes.c_int))
 
 
 def ahead_of(weight: Tensor, most: int) -> Ahead:

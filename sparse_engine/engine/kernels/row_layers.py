@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_engine.backends.cuda_decode import Streams
+from sparse_engine.backends.cuda_row_stream import SMALL_UP_TO, small_row, wide_row
 from sparse_engine.backends.cuda_sources import UNIT, Gpu, Tile
 from sparse_engine.engine.kernels import launching
 from sparse_engine.engine.kernels.ahead import Ahead, ahead_of
@@ -33,10 +34,6 @@ weights, 13B was as fast and 1.3B slower by 2 %; the small ones, which ask as we
 """
 _OUT_AHEAD, _FC2_AHEAD = 3_000_000, 10_000_000
 """Bytes. A step of 13B was not faster with more, nor with what other products read."""
-_SMALL_UP_TO = 1024
-"""Width up to which unstructured products have blocks of one row tile: their rows come in units of 128 columns then."""
-_LONG_FROM = 10_240
-"""Columns from which a row tile of an unstructured weight is enough work for the blocks of a cluster to share it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,35 +83,9 @@ def stream_products(widths: Widths, streams: Mapping[str, Streams], dtype: torch
     found: dict[str, RowProduct] = {}
     for name, (rows, columns) in shapes.items():
         own = streams[name]
-        choose = _small_tile if hidden <= _SMALL_UP_TO else _wide_tile
-        tile, row_warps = choose(rows, columns, own.parts, here)
-        found[name] = fit_row(StreamRowProduct(rows, columns, dtype, tile, name in ("qkv", "fc1"), own, row_warps), here)
+        form = (small_row if hidden <= SMALL_UP_TO else wide_row)(rows, columns, here)
+        found[name] = fit_row(StreamRowProduct(rows, columns, dtype, form.tile, name in ("qkv", "fc1"), own, form.row_warps), here)
     return found
-
-
-def _small_tile(rows: int, columns: int, parts: int, here: Gpu) -> tuple[Tile, int]:
-    """The tile, and the warps that bring the row, of a block that has one row tile, with equally many units for each of its warps.
-
-    A step of 125M took 0.151 ms with such tiles, and 0.176 with those of wider models.
-    """
-    units = columns * parts // UNIT
-    rounds = -(-units // 12)
-    # Small blocks, so that all tiles are resident at once.
-    many = -(-rows // 16) > here.processors
-    tile = Tile(1, 1, 1, -(-units // rounds), parts, stages=min(rounds, 2), min_blocks=3 if many else 1, table_copies=4)
-    return tile, 2 if many else 4
-
-
-def _wide_tile(rows: int, columns: int, parts: int, here: Gpu) -> tuple[Tile, int]:
-    """The tile, and the warps that bring the row: one large block on each multiprocessor.
-
-    Clusters share the tiles of long rows where a block has more than one: a multiprocessor has two or three of the last product of 13B,
-    which took 17 % less time so, and one of 6.7B as much; other products took 5 to 56 % longer. With twelve warps instead of eight those
-    of 1.3B to 6.7B took up to 8 % longer, with two blocks of six up to 52 %.
-    """
-    if columns >= _LONG_FROM and -(-rows // 16) > here.processors:
-        return Tile(1, 1, 1, 12, parts, min_blocks=1, table_copies=8, cluster=2), 4
-    return Tile(1, 1, 1, 8, parts, min_blocks=1, table_copies=8), 4
 
 
 class RowLayers:
@@ -143,7 +114,7 @@ class RowLayers:
             self.products = (nm_products(widths, self.dtype, here),) * len(layers)
         else:
             self.products = tuple(stream_products(widths, each, self.dtype, here) for each in streams)
-        self._asks = widths.hidden >= _AHEAD_FROM or (not widths.group and widths.hidden <= _SMALL_UP_TO)
+        self._asks = widths.hidden >= _AHEAD_FROM or (not widths.group and widths.hidden <= SMALL_UP_TO)
         # What one kernel leaves for another: the state is the same memory for all layers.
         sizes = {"state": widths.hidden, "qkv": 3 * widths.hidden, "attended": widths.hidden, "middle": widths.ffn}
         self._rows = {name: torch.empty(1, size, dtype=self.dtype, device=self.device) for name, size in sizes.items()}

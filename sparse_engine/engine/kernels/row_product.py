@@ -14,11 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_engine.backends.cuda_decode import Params, kernel_params
-from sparse_engine.backends.cuda_sources import UNIT, Gpu, Tile, blocks_at_once, macros_of
+from sparse_engine.backends.cuda_decode import Ahead, RowParams, Streams, kernel_params
+from sparse_engine.backends.cuda_sources import UNIT, Gpu, Tile, macros_of, resident_clusters, row_input_bytes
 from sparse_engine.backends.cuda_tiles import MMA_24, MMA_48
 from sparse_engine.engine.kernels import launching
-from sparse_engine.engine.kernels.ahead import Ahead
 from sparse_engine.errors import InputError
 
 __all__ = ["WIDEST_NORM", "NmRowProduct", "RowNorm", "RowProduct"]
@@ -36,12 +35,6 @@ class RowNorm:
     scale: Tensor
     shift: Tensor
     eps: float
-
-
-class _Params(ctypes.Structure):
-    """``RowParams`` of csrc/cuda/include/row_input.cuh."""
-
-    _fields_ = (("product", Params), ("scale", ctypes.c_void_p), ("shift", ctypes.c_void_p), ("eps", ctypes.c_float), ("ahead", Ahead))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,16 +82,16 @@ class RowProduct(ABC):
         return 32 * self.tile.warps_k
 
     def blocks(self, here: Gpu) -> int:
-        """Clusters: one for each row tile, or those that are resident at once, so that a block normalises the row once for several."""
-        resident = here.processors * blocks_at_once(self.tile, self.shared_bytes(), here)
-        return min(-(-self.rows // self.tile.block_rows), resident // self.tile.cluster)
+        """Clusters of the grid."""
+        return resident_clusters(self.tile, self.rows, self.shared_bytes(), here)
 
-    def _norm_bytes(self) -> int:
-        """Of the row's shifts and moments."""
-        return 2 * self.columns + -(-8 * (self.columns // UNIT) // 16) * 16 if self.normed else 0
+    @property
+    def _streams(self) -> Streams | None:
+        """The further parts of an unstructured weight."""
+        return None
 
-    def _argument(self, params: _Params) -> ctypes.Structure:
-        """The kernel's, whose product lacks what only its layout has."""
+    def _argument(self, params: RowParams) -> ctypes.Structure:
+        """The kernel's."""
         return params
 
     def __call__(
@@ -135,8 +128,8 @@ class RowProduct(ABC):
         read = (x, weight, *((norm.scale, norm.shift) if norm is not None else ()))
         if any(tensor.data_ptr() % 16 for tensor in read):
             raise InputError("a row, its weight or its LayerNorm does not begin at a multiple of 16 bytes")
-        params = _Params(
-            kernel_params(x, weight, bias, residual, y, self.columns // UNIT, relu),
+        params = RowParams(
+            kernel_params(x, weight, bias, residual, y, self.columns // UNIT, relu, self._streams),
             norm.scale.data_ptr() if norm is not None else None,
             norm.shift.data_ptr() if norm is not None else None,
             norm.eps if norm is not None else 0.0,
@@ -185,7 +178,7 @@ class NmRowProduct(RowProduct):
         if self.by_unit:
             return _SOURCES[self.group].shared_bytes(self.tile, 1, 0)
         sums = 8 * self.tile.warps_k * (self.tile.block_rows + 4)
-        return _ZERO_BYTES + 2 * self.columns + self._norm_bytes() + sums + 4 * self.tile.block_rows
+        return _ZERO_BYTES + row_input_bytes(self.columns, normed=self.normed) + sums + 4 * self.tile.block_rows
 
     def _misfit(self, weight: Tensor) -> str | None:
         nbytes, expected = weight.numel() * weight.element_size(), -(-self.rows // 16) * (self.columns // UNIT) * 9 * 32 * 16
@@ -195,7 +188,7 @@ class NmRowProduct(RowProduct):
     def blocks(self, here: Gpu) -> int:
         return -(-self.rows // self.tile.block_rows) if self.by_unit else RowProduct.blocks(self, here)
 
-    def _argument(self, params: _Params) -> ctypes.Structure:
+    def _argument(self, params: RowParams) -> ctypes.Structure:
         if self.by_unit and params.ahead.bytes:
             raise InputError("decode_nm.cu asks for nothing of what the next launch reads")
         return params.product if self.by_unit else params

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sparse_engine.backends.cuda_decode import Streams
-from sparse_engine.backends.cuda_sources import UNIT, Gpu, stream_bytes, whole_lines
-from sparse_engine.engine.kernels.row_product import RowProduct, _Params
+from sparse_engine.backends.cuda_row_stream import SOURCE, StreamRow
+from sparse_engine.backends.cuda_sources import UNIT, Gpu
+from sparse_engine.engine.kernels.row_product import RowProduct
 from sparse_engine.errors import InputError
 
 __all__ = ["StreamRowProduct", "fit_row"]
-
-_RING = 4
-"""``RING`` of the source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,23 +35,17 @@ class StreamRowProduct(RowProduct):
 
     @property
     def file(self) -> str:
-        return "decode_row_unstructured.cu"
+        return SOURCE
+
+    @property
+    def form(self) -> StreamRow:
+        return StreamRow(self.columns, self.tile, self.row_warps, self.normed)
 
     def macros(self) -> dict[str, int]:
-        own = {
-            "COLS": self.columns,
-            "NORMED": int(self.normed),
-            "ROW_WARPS": self.row_warps,
-            "CLUSTER": self.tile.cluster,
-            "ELEM_BF16": int(self.dtype is torch.bfloat16),
-        }
-        return {**self.tile.macros(), **own}
+        return self.form.macros(self.dtype)
 
     def shared_bytes(self) -> int:
-        """The row, with a LayerNorm its shifts and moments; sums of tiles and their barriers; the table and the slots."""
-        shares = min(self.tile.cluster * self.tile.warps_k, self.columns * self.tile.parts // UNIT)
-        sums = _RING * shares * (self.tile.block_rows + 4) * 4
-        return whole_lines(2 * self.columns + self._norm_bytes() + sums + 16 * _RING) + stream_bytes(self.tile, self.streams.depth)
+        return self.form.shared_bytes(self.streams.depth)
 
     def _misfit(self, weight: Tensor) -> str | None:
         offsets, count = self.streams.offsets, -(-self.rows // 16) * (self.columns * self.tile.parts // UNIT) + 1
@@ -67,12 +58,11 @@ class StreamRowProduct(RowProduct):
 
     @property
     def threads(self) -> int:
-        return 32 * (self.tile.warps_k + self.row_warps)
+        return self.form.threads
 
-    def _argument(self, params: _Params) -> ctypes.Structure:
-        params.product.offsets = self.streams.offsets.data_ptr()
-        params.product.depth = self.streams.depth
-        return params
+    @property
+    def _streams(self) -> Streams:
+        return self.streams
 
 
 def fit_row(product: StreamRowProduct, here: Gpu) -> StreamRowProduct:
@@ -81,14 +71,7 @@ def fit_row(product: StreamRowProduct, here: Gpu) -> StreamRowProduct:
     Raises:
         InputError: not even one warp is allowed.
     """
-    while (needed := product.shared_bytes()) > here.shared_limit:
-        tile = product.tile
-        if tile.table_copies > 4:
-            tile = replace(tile, table_copies=tile.table_copies // 2)
-        elif tile.warps_k > 1:
-            tile = replace(tile, warps_k=tile.warps_k - 1)
-        else:
-            kind = f"a row of {product.columns} columns with units of {product.streams.depth} words"
-            raise InputError(f"{kind}: {needed} bytes of shared memory, and the GPU has {here.shared_limit}")
-        product = replace(product, tile=tile)
-    return product
+    if (fitted := product.form.fitted(product.streams.depth, here)) is None:
+        kind = f"a row of {product.columns} columns with units of {product.streams.depth} words"
+        raise InputError(f"{kind}: they need more than the {here.shared_limit} bytes of shared memory that the GPU has for a block")
+    return replace(product, tile=fitted.tile)
