@@ -37,8 +37,10 @@
 #define SHARES (ALL_WARPS < UNITS ? ALL_WARPS : UNITS)
 // Of sums.
 #define SHARE_BYTES 64
-// Tiles that the fastest warp may be ahead of the slowest.
-#define RING 4
+// Tiles that the fastest warp may be ahead of the slowest: no fewer than a warp goes ahead from one of its tiles to the next, since a
+// barrier tells no more of its past than the last phase.
+#define STRIDE ((ALL_WARPS + UNITS - 1) / UNITS)
+#define RING (STRIDE > 4 ? STRIDE : 4)
 #define SUMS_BYTES (RING * SHARES * RED_PITCH * 4)
 // Shared memory: the row, which takes the place of the scales; the shifts; the moments; sums of RING tiles, their barriers; the table;
 // barriers of the slots; slots.
@@ -60,7 +62,7 @@ struct Place {
   // Enters the tile that has the unit.
   __device__ __forceinline__ void settle() {
 #pragma unroll
-    for (int i = 0; i < (ALL_WARPS + UNITS - 1) / UNITS; ++i)
+    for (int i = 0; i < STRIDE; ++i)
       if (column >= UNITS) {
         column -= UNITS;
         tile += gridDim.x;

@@ -45,8 +45,8 @@ __all__ = [
 
 SOURCE = "decode_row_unstructured.cu"
 _FUNCTION = SOURCE.removesuffix(".cu")
-_RING = 4
-"""``RING`` of the source."""
+_LEAST_RING = 4
+"""The least ``RING`` of the source."""
 _RESIDENT_WARPS = 24
 """Warps of a multiprocessor that the kernel has registers for."""
 SMALL_UP_TO = 1024
@@ -99,10 +99,11 @@ class StreamRow:
 
     def shared_bytes(self, depth: int) -> int:
         """The row, with a LayerNorm its shifts and moments; sums of tiles and their barriers; the table and the slots."""
-        shares = min(self.tile.cluster * self.tile.warps_k, self.columns * self.tile.parts // UNIT)
-        sums = _RING * shares * (self.tile.block_rows + 4) * 4
+        warps, units = self.tile.cluster * self.tile.warps_k, self.columns * self.tile.parts // UNIT
+        ring = max(_LEAST_RING, -(-warps // units))
+        sums = ring * min(warps, units) * (self.tile.block_rows + 4) * 4
         row = row_input_bytes(self.columns, normed=self.normed)
-        return whole_lines(row + sums + 16 * _RING) + stream_bytes(self.tile, depth)
+        return whole_lines(row + sums + 16 * ring) + stream_bytes(self.tile, depth)
 
     def fitted(self, depth: int, here: Gpu) -> StreamRow | None:
         """With as many copies of the table and as many warps as shared memory allows beside units of ``depth`` words; None: not one."""

@@ -206,6 +206,8 @@ def test_against_float64(columns: int, tile: Tile, pattern: str, dtype: torch.dt
     ("columns", "tile", "row_warps"),
     [
         (256, Tile(1, 1, 1, 3, 2, min_blocks=4, table_copies=4), 1),
+        # Twelve tiles from one of a warp's to its next.
+        (256, Tile(1, 1, 1, 12, 2, min_blocks=1, table_copies=4, cluster=2), 4),
         (768, Tile(1, 1, 1, 6, 2, stages=1, min_blocks=3, table_copies=4), 2),
         (768, Tile(1, 1, 1, 12, 2, min_blocks=1, table_copies=8), 4),
         (1024, Tile(1, 1, 1, 6, 2, stages=1, min_blocks=2, table_copies=4, cluster=2), 2),
