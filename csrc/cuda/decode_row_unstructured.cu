@@ -160,9 +160,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_row_uns
   Sequence sequence = {place, tiles, 0, false};
   sequence.find();
   Slots slots;
+  First begun;
   if (warp < WARPS_K) {
     slots.init(p, base + AT_SLOTS, base + AT_SLOT_BARRIERS, warp);
-    slots.start(p, sequence, policy);
+    slots.look_up(p, sequence, begun);
+    slots.fetch_first<0, 1>(p, begun, policy);
   } else {
     if (row_thread() == 0) {
       for (u32 turn = 0; turn < RING; ++turn) {
@@ -242,6 +244,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_row_uns
     first = place.column;
   };
 
+  // Second units are asked for when all first ones have been, which so arrive before them: a warp begins to expand the earlier.
+  slots.fetch_first<1, SLOTS>(p, begun, policy);
+  slots.announce(p, sequence);
   u32 expanded[STEPS][8];
   if (place.tile < tiles) {
     Unit unit;

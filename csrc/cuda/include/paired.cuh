@@ -102,6 +102,11 @@ __device__ __forceinline__ u32 load_kept(const u32* p, u64 policy) {
   return v;
 }
 
+// Where the first units of a warp lie.
+struct First {
+  u32 froms[SLOTS], tos[SLOTS];
+};
+
 // A warp's slots, which units go through in order.
 struct Slots {
   u64 keep;
@@ -127,20 +132,30 @@ struct Slots {
   // Fetches the first units of `units`, and announces the one behind them. A sequence has `unit`, `any` and advance(p).
   template <typename Sequence>
   __device__ __forceinline__ void start(const Params& p, Sequence& units, u64 policy) {
-    u32 froms[SLOTS], tos[SLOTS];
+    First first;
+    look_up(p, units, first);
+    fetch_first<0, SLOTS>(p, first, policy);
+    announce(p, units);
+  }
+
+  template <typename Sequence>
+  __device__ __forceinline__ void look_up(const Params& p, Sequence& units, First& first) {
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) {
       announce(p, units);
-      froms[s] = from;
-      tos[s] = to;
+      first.froms[s] = from;
+      first.tos[s] = to;
     }
+  }
+
+  template <int BEGIN, int END>
+  __device__ __forceinline__ void fetch_first(const Params& p, const First& first, u64 policy) {
 #pragma unroll
-    for (int s = 0; s < SLOTS; ++s) {
-      from = froms[s];
-      to = tos[s];
+    for (int s = BEGIN; s < END; ++s) {
+      from = first.froms[s];
+      to = first.tos[s];
       depths[s] = fetch(p, s, policy);
     }
-    announce(p, units);
   }
 
   // Looks up where the next unit lies, some time before it is fetched.
