@@ -50,16 +50,18 @@ _FORMS = {
 _FASTEST: dict[int, dict[int, str]] = {
     4: {768: "half-layers", 2048: "rows", 2560: "rows", 4096: "rows", 5120: "rows"},
     8: {768: "half-layers", 2048: "rows", 2560: "rows", 4096: "rows"},
-    0: {768: "rows", 2048: "rows", 4096: "rows", 5120: "rows"},
+    0: {768: "rows", 2048: "rows", 2560: "rows", 4096: "rows", 5120: "rows"},
 }
 """By the pattern's group (0: unstructured), then by the model's width, the form of a single row that was measured to be the fastest;
 kernels elsewhere.
 
-In ms behind a prompt of 512 tokens, on an H200: half-layers and kernels 0.137 and 0.162 (125M, 2:4), 0.170 and 0.246 (125M, 4:8), 0.696 and
-0.623 (1.3B, 2:4); rows and kernels, 2:4: 0.571 and 0.629 (1.3B), 1.199 and 1.255 (2.7B), 2.012 and 2.066 (6.7B), 3.77 and 3.94 (13B); 4:8:
-0.721 and 0.762, 1.418 and 1.423, 2.128 and 2.267, 4.31 and 4.10; half of the weights, unstructured: 0.151 and 0.228 (125M), 0.715 and 0.832
-(1.3B), 2.41 and 2.54 (6.7B), 4.39 and 5.01 (13B). One kernel and kernels 0.627 and 0.623 (1.3B, 2:4), 0.783 and 0.695 (1.3B, 4:8), 5.48 and
-3.90 (13B, 2:4); on an H100 0.214 and 0.201 (125M, 2:4), 0.276 and 0.250 (125M, 4:8), 3.12 and 3.07 (6.7B, 2:4), 3.4 and 3.26 (6.7B, 4:8).
+In ms behind a prompt of 512 tokens, on an H200: half-layers and kernels 0.137 and 0.162 (125M, 2:4), 0.170 and 0.246 (125M, 4:8), 0.696
+and 0.623 (1.3B, 2:4); rows and kernels, 2:4: 0.571 and 0.629 (1.3B), 1.199 and 1.255 (2.7B), 2.012 and 2.066 (6.7B), 3.77 and 3.94 (13B);
+4:8: 0.721 and 0.762, 1.418 and 1.423, 2.128 and 2.267, 4.31 and 4.10; half of the weights, unstructured: 0.149 and 0.233 (125M), 0.683 and
+0.824 (1.3B), 1.379 and 1.658 (2.7B), 2.352 and 2.547 (6.7B), 4.32 and 5.00 (13B); 0.3 of them pruned: 0.161 and 0.231 (125M), 0.761 and
+0.879 (1.3B), 2.97 and 3.05 (6.7B); 0.9: 0.606 and 0.848 (1.3B). One kernel and kernels 0.627 and 0.623 (1.3B, 2:4), 0.783 and 0.695 (1.3B,
+4:8), 5.48 and 3.90 (13B, 2:4); on an H100 0.214 and 0.201 (125M, 2:4), 0.276 and 0.250 (125M, 4:8), 3.12 and 3.07 (6.7B, 2:4), 3.4 and
+3.26 (6.7B, 4:8).
 """
 
 KEPT_CACHES = 2
