@@ -10,7 +10,7 @@ from products import expected_product, random_keep, relative_error
 
 from sparse_engine import SparseLinear, formats, registry
 from sparse_engine.backends import cuda_prefill
-from sparse_engine.backends.cuda_prefill_expand import expanded
+from sparse_engine.backends.cuda_prefill.expand import expanded
 from sparse_engine.formats.base import PackedWeight, stack
 from sparse_engine.mask import Mask
 from sparse_engine.pattern import SparsityPattern

@@ -2,7 +2,7 @@
 
 The kernels are csrc/cuda/decode_nm.cu and, for more rows on Hopper, decode_wgmma.cu. 2:4 uses sparse tensor-core
 instructions (Mishra et al. 2021, "Accelerating Sparse Deep Neural Networks", section 4), 4:8 expands
-in registers from its mask into dense ones. What runs more rows than a kernel takes is chosen by cuda_prefill.py.
+in registers from its mask into dense ones. What runs more rows than a kernel takes is chosen by the package cuda_prefill.
 """
 
 from __future__ import annotations

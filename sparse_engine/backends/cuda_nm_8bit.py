@@ -20,7 +20,7 @@ from sparse_engine.backends.cuda_decode import UNIT, Gpu, check_arguments, fragm
 from sparse_engine.backends.cuda_levels import LEVELS, quantise_compilation, quantise_rows
 from sparse_engine.backends.cuda_nm import mask_table, metadata_table
 from sparse_engine.backends.cuda_prefill import Call, bucket_of
-from sparse_engine.backends.cuda_prefill_wgmma import CLOCKS_PER_US, Levels, PrefillSource, PrefillTile, run_prefill, tile_of
+from sparse_engine.backends.cuda_prefill.wgmma import CLOCKS_PER_US, Levels, PrefillSource, PrefillTile, run_prefill, tile_of
 from sparse_engine.errors import InputError
 from sparse_engine.formats.base import PackedWeight
 from sparse_engine.levels import TokenLevels

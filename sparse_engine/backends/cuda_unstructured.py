@@ -2,7 +2,7 @@
 
 The kernels are csrc/cuda/decode_unstructured.cu and, on Hopper, decode_row_unstructured.cu for a single row and decode_wgmma.cu for more
 rows; paired.cuh describes the layout.
-What runs more rows than a kernel takes is chosen by cuda_prefill.py.
+What runs more rows than a kernel takes is chosen by the package cuda_prefill.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from products import random_keep, relative_error
 
 from sparse_engine import cuda, formats, registry, tuning
 from sparse_engine.backends import cuda_levels, cuda_nm_8bit
-from sparse_engine.backends.cuda_prefill_wgmma import PrefillTile
+from sparse_engine.backends.cuda_prefill.wgmma import PrefillTile
 from sparse_engine.errors import InputError
 from sparse_engine.formats.base import PackedWeight
 from sparse_engine.levels import LARGEST, SCALES_PADDING, levels_of_rows

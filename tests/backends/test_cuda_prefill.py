@@ -13,10 +13,10 @@ from cuda_products import A100, H200, KERNEL_OF, TOLERANCE, make_packed, nvcc
 from products import expected_product, relative_error
 
 from sparse_engine import cuda, registry, tuning
-from sparse_engine.backends import cuda_prefill, cuda_prefill_expand, cuda_unstructured
-from sparse_engine.backends.cuda_prefill import Call
-from sparse_engine.backends.cuda_prefill_expanded import NMForm, UnstructuredForm, fitted
-from sparse_engine.backends.cuda_prefill_mma import MmaForm
+from sparse_engine.backends import cuda_prefill, cuda_unstructured
+from sparse_engine.backends.cuda_prefill import Call, expand
+from sparse_engine.backends.cuda_prefill.expanded import NMForm, UnstructuredForm, fitted
+from sparse_engine.backends.cuda_prefill.mma import MmaForm
 from sparse_engine.errors import InputError
 from sparse_engine.formats.base import PackedWeight
 from sparse_engine.registry import Config, Layout
@@ -96,7 +96,7 @@ def test_parameters_match_the_sources(file: str, struct: str) -> None:
     body = re.search(rf"struct {struct} \{{(.*?)\}};", (cuda.source_folder() / file).read_text(), re.S)
     assert body is not None
     declared = [name for line in re.sub(r"//.*", "", body[1]).split(";") for name in re.findall(r"[*\s](\w+)\s*(?:,|$)", line.strip())]
-    assert declared == [name for name, _ in cuda_prefill_expand._Params._fields_]
+    assert declared == [name for name, _ in expand._Params._fields_]
 
 
 JOBS = {

@@ -13,11 +13,10 @@ from cuda_products import H200, TOLERANCE, make_packed, nvcc
 from products import expected_product, relative_error
 
 from sparse_engine import cuda, registry
-from sparse_engine.backends import cuda_prefill_wgmma
 from sparse_engine.backends.cuda_nm_8bit import SOURCES
-from sparse_engine.backends.cuda_prefill import Call
-from sparse_engine.backends.cuda_prefill_nm import PREFILL_24, SparseWgmmaForm
-from sparse_engine.backends.cuda_prefill_wgmma import PrefillSource, PrefillTile, run_prefill, tile_of
+from sparse_engine.backends.cuda_prefill import Call, wgmma
+from sparse_engine.backends.cuda_prefill.nm import PREFILL_24, SparseWgmmaForm
+from sparse_engine.backends.cuda_prefill.wgmma import PrefillSource, PrefillTile, run_prefill, tile_of
 from sparse_engine.errors import KernelUnavailableError
 
 TILES = [
@@ -33,8 +32,8 @@ def test_parameters_match_the_source() -> None:
     assert body is not None
     lines = [line.strip() for line in re.sub(r"//.*", "", body[1]).split(";")]
     declared = [name for line in lines for name in re.findall(r"[*\s](\w+)(?:\[16\])?\s*(?:,|$)", line)]
-    assert [*declared, "padding"] == [name for name, *_ in cuda_prefill_wgmma._Params._fields_]
-    assert ctypes.sizeof(cuda_prefill_wgmma._Params) % 64 == 0
+    assert [*declared, "padding"] == [name for name, *_ in wgmma._Params._fields_]
+    assert ctypes.sizeof(wgmma._Params) % 64 == 0
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)

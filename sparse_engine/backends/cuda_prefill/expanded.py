@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparse_engine.backends.cuda_decode import UNIT, Gpu, gpu
 from sparse_engine.backends.cuda_prefill import Call, Compilations, register
-from sparse_engine.backends.cuda_prefill_wgmma import PrefillSource, PrefillTile, WgmmaForm, run_prefill
+from sparse_engine.backends.cuda_prefill.wgmma import PrefillSource, PrefillTile, WgmmaForm, run_prefill
 from sparse_engine.backends.cuda_tiles import TYPICAL_DEPTH
 from sparse_engine.registry import Config
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from sparse_engine.backends.cuda_decode import UNIT, Gpu
 from sparse_engine.backends.cuda_prefill import register
-from sparse_engine.backends.cuda_prefill_wgmma import PrefillSource, PrefillTile, WgmmaForm
+from sparse_engine.backends.cuda_prefill.wgmma import PrefillSource, PrefillTile, WgmmaForm
 
 __all__ = ["PREFILL_24", "SparseWgmmaForm"]
 

@@ -1,6 +1,6 @@
 """Products of more activation rows than a decode kernel takes, by a weight in a decode kernel's layout: which form of the kernel runs them.
 
-A form is a file ``cuda_prefill_*.py`` that registers itself. The choice for a shape and a bucket of rows is the configuration measured on
+A form is a file of this package that registers itself. The choice for a shape and a bucket of rows is the configuration measured on
 this GPU where a tuning table has one (its first field is the form's name), else the form with the lowest estimate.
 """
 
@@ -138,7 +138,7 @@ def register(form: Form) -> None:
 
 @cache
 def _forms(pattern: str, here: Gpu) -> tuple[Form, ...]:
-    import_all("sparse_engine.backends")
+    import_all(__name__)
     return tuple(form for _, form in sorted(_FORMS.items()) if pattern in form.patterns and form.unsupported(here) is None)
 
 
