@@ -12,11 +12,14 @@ from sparse_engine.formats.base import PackedWeight
 from sparse_engine.policy import UNLIMITED, Policy
 from sparse_engine.registry import DECODE_ROWS, ESTIMATE, PROMPT_GAIN, Kernel, Problem, Verdict, dense_gain
 
-__all__ = ["SLACK", "Step", "fewest_layouts", "held_nbytes", "kernels_for"]
+__all__ = ["PROMPT_MOST", "SLACK", "Step", "fewest_layouts", "held_nbytes", "kernels_for"]
 
 SLACK = 1.04
 """A kernel within this factor of the fastest is as good as the fastest: measured times scatter as much from run to run, and a layout more
 is the layer's bytes once more. For more rows than a decode step has, the factor is :data:`registry.PROMPT_GAIN`."""
+
+PROMPT_MOST = 1.25
+"""No prompt's product takes longer by more than this factor than by a kernel that would need a layout of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,7 @@ def kernels_for(problem: Problem, backend: str | None = None, policy: Policy = U
     in_place = {name for name, kernel in kernels.items() if kernel.in_place}
     table: list[dict[str, Verdict]] = []
     dense: list[dict[str, Verdict]] = []
+    able: list[dict[str, Verdict]] = []
     for rows in registry.ROW_BUCKETS:
         asked = problem.with_rows(rows)
         verdicts = [verdict for verdict in registry.explain(asked, policy) if backend is not None or verdict.kernel not in without]
@@ -49,10 +53,14 @@ def kernels_for(problem: Problem, backend: str | None = None, policy: Policy = U
             name = registry.select(asked, backend, policy).name
             table.append({name: next(v for v in verdicts if v.kernel == name)})
             dense.append({})
+            able.append({})
         else:
             table.append(_as_good(verdicts, rows, policy))
+            able.append(_rivals(verdicts))
             limit = max(map(_time, table[-1].values()))
             dense.append({} if policy.forbids(asked) else {v.kernel: v for v in _measured_dense(verdicts) if _time(v) <= limit})
+    if backend is None:
+        table = _with_what_steps_hold(table, able, in_place)
     names = _names(table, in_place)
     if any(kernels[name].keeps_dense for name in names):
         # The copy that some numbers of rows are worth is there for the others as well.
@@ -85,7 +93,31 @@ def _as_good(verdicts: Sequence[Verdict], rows: int, policy: Policy) -> dict[str
         limit = min(limit, max(_time(best), dense_gain(rows) * min(map(_time, dense))))
     if policy.holds_once:
         limit = math.inf
-    return {v.kernel: v for v in verdicts if v.reason is None and (v.source == ESTIMATE) == (best.source == ESTIMATE) and _time(v) <= limit}
+    return {name: v for name, v in _rivals(verdicts).items() if _time(v) <= limit}
+
+
+def _rivals(verdicts: Sequence[Verdict]) -> dict[str, Verdict]:
+    """The able kernels whose times are of the same kind as the chosen one's, which is first."""
+    estimated = verdicts[0].source == ESTIMATE
+    return {v.kernel: v for v in verdicts if v.reason is None and (v.source == ESTIMATE) == estimated}
+
+
+def _with_what_steps_hold(
+    table: Sequence[dict[str, Verdict]], able: Sequence[Mapping[str, Verdict]], in_place: Set[str]
+) -> list[dict[str, Verdict]]:
+    """``table`` with prompts left to the kernels that decode steps hold a layout for, where another would gain little.
+
+    Little is :data:`registry.PROMPT_GAIN` over prompts of all lengths, and :data:`PROMPT_MOST` of any.
+    """
+    few = sum(rows <= DECODE_ROWS for rows in registry.ROW_BUCKETS)
+    held = set(_names(table[:few], in_place))
+    kept = [{name: v for name, v in row.items() if name in held} for row in able[few:]]
+    if not all(kept):
+        return list(table)
+    losses = [min(map(_time, own.values())) / min(map(_time, row.values())) for own, row in zip(kept, table[few:], strict=True)]
+    if math.prod(losses) ** (1 / len(losses)) > PROMPT_GAIN or max(losses) > PROMPT_MOST:
+        return list(table)
+    return [*table[:few], *kept]
 
 
 def fewest_layouts(options: Sequence[Mapping[str, float]], in_place: Set[str]) -> list[str]:

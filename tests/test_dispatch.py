@@ -213,14 +213,28 @@ def test_a_saved_layout_costs_nothing_against_dense() -> None:
 
 
 @pytest.mark.usefixtures("table")
-def test_prompts_alone_must_gain_more_from_a_layout_of_their_own() -> None:
+@pytest.mark.parametrize("kernel", ["dense", "other"])
+def test_prompts_alone_must_gain_more_from_a_layout_of_their_own(kernel: str) -> None:
+    prompts = [rows for rows in ROW_BUCKETS if rows > 128]
     for rows in ROW_BUCKETS:
         measure(rows, packed=10.0, other=30.0, dense=20.0)
-    for kernel in ("dense", "other"):
-        measure(256, packed=11.4, **{"dense": 20.0, "other": 30.0} | {kernel: 10.0})
-        assert {step.kernel.name for step in kernels_for(PROBLEM)} == {"packed"}
-        measure(256, packed=11.6)
-        assert [step.kernel.name for step in kernels_for(PROBLEM) if step.rows == 256] == [kernel]
+
+    def of_prompts() -> set[str]:
+        steps = kernels_for(PROBLEM)
+        assert {step.kernel.name for step in steps if step.rows <= 128} == {"packed"}
+        return {step.kernel.name for step in steps if step.rows > 128}
+
+    # Little for prompts of all lengths, then much.
+    for packed, expected in ((11.4, "packed"), (11.6, kernel)):
+        for rows in prompts:
+            measure(rows, packed=packed, **{"dense": 20.0, "other": 30.0} | {kernel: 10.0})
+        assert of_prompts() == {expected}
+    # Much for some lengths, nothing for others; then so much for one that it is worth the layout.
+    for rows in prompts[1:]:
+        measure(rows, packed=10.0, **{kernel: 20.0})
+    for packed, expected in ((12.4, {"packed"}), (12.6, {"packed", kernel})):
+        measure(prompts[0], packed=packed)
+        assert of_prompts() == expected
 
 
 @pytest.mark.usefixtures("table")
