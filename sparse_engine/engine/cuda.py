@@ -92,6 +92,7 @@ class CudaRunner(Runner):
         self._pool = torch.cuda.graph_pool_handle()
         self._kept: OrderedDict[tuple[int, int], _Captured] = OrderedDict()
         self._seen: set[int] = set()
+        self._has_room = True
         self.whole, self.layers = _single(self.weights)
 
     def path(self, batch: int) -> str:
@@ -125,14 +126,19 @@ class CudaRunner(Runner):
 
     def prefill(self, cache: Cache, rows: Sequence[int], prompts: Sequence[Tensor]) -> Tensor:
         """Single prompts run as graphs from the second of their bucket on: what is made once need not be captured."""
-        bucket = bucket_of(len(prompts[0])) if len(prompts) == 1 else None
+        assert isinstance(cache, _Captured)
+        bucket = bucket_of(len(prompts[0])) if len(prompts) == 1 and self._has_room else None
         if bucket is None or bucket > min(cache.capacity, self.max_positions):
             return super().prefill(cache, rows, prompts)
         if bucket not in self._seen:
             self._seen.add(bucket)
             return super().prefill(cache, rows, prompts)
-        assert isinstance(cache, _Captured)
-        return cache.prompts(rows[0], prompts[0], bucket)
+        try:
+            return cache.prompts(rows[0], prompts[0], bucket)
+        except torch.cuda.OutOfMemoryError:
+            # A graph holds its activations, which without one are anybody's memory afterwards.
+            self._has_room = False
+            return super().prefill(cache, rows, prompts)
 
     def logits(self, cache: Cache) -> Tensor:
         if cache.batch == 1 and self.whole is not None:

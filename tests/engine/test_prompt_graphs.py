@@ -93,3 +93,22 @@ def test_rows_of_a_batch_are_admitted_alone(tiny_opt: Path) -> None:
                 torch.testing.assert_close(runner.prefill(cache, [row], [prompt])[0], expected[row], rtol=1e-4, atol=1e-4)
                 torch.testing.assert_close(cache.k[:, row, :, : len(prompt)], keys[:, row, :, : len(prompt)], rtol=1e-4, atol=1e-4)
             assert bool(cache.k[:, 3].isnan().all()), turn
+
+
+@pytest.mark.gpu
+def test_a_prompt_is_read_without_a_graph_where_there_is_no_room_for_one(tiny_opt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = SparseOPTForCausalLM.from_pretrained(tiny_opt, nm="2:4").to("cuda").eval()
+    runner = runner_for(model)
+    assert not isinstance(runner, str)
+    cache, prompt = runner.allocate(1, 128, 1), torch.randint(4, 200, (9,), device="cuda")
+    tried: list[int] = []
+
+    def full(self: PromptGraphs, given: Packed, bucket: int) -> None:
+        tried.append(bucket)
+        raise torch.cuda.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(PromptGraphs, "_capture", full)
+    with torch.no_grad():
+        first, *others = (runner.prefill(cache, [0], [prompt]) for _ in range(3))
+    assert tried == [16], "once"
+    assert all(torch.equal(first, other) for other in others)
