@@ -134,12 +134,18 @@ def _gains(found: Found) -> str:
         gains = [f"{row['ms_per_token'] / packed['ms_per_token']:.2f}×" if row else "–" for row in (dense, static, eager)]
         costs = [f"{row['ms_per_token'] / packed['ms_per_token'] - 1:+.0%}" if row else "–" for row in others]
         rates = " / ".join(f"{row['tokens_per_s']:.0f}" if row else "–" for row in (packed, dense, eager))
+        firsts = " / ".join(_milliseconds(row) for row in (packed, dense, eager))
         peaks = " / ".join(_gigabytes(row) for row in (packed, dense, eager))
-        body.append([f"{model}, batch {batch}", *gains, *costs, rates, peaks])
+        body.append([f"{model}, batch {batch}", *gains, *costs, firsts, rates, peaks])
     if not body:
         return ""
     header = ["2:4 in the engine", "over its dense", "over transformers, compiled", "over transformers", "4:8 takes", "unstructured takes"]
-    return "\n" + table([*header, "tokens/s, prompt included: 2:4 / dense / transformers", "peak memory, GB: the same"], body)
+    header += ["ms to the first token: 2:4 / dense / transformers", "tokens/s, prompt included: the same", "peak memory, GB: the same"]
+    return "\n" + table(header, body)
+
+
+def _milliseconds(row: dict[str, Any] | None) -> str:
+    return f"{row['prefill_ms']:.{0 if row['prefill_ms'] >= 100 else 1}f}" if row else "–"
 
 
 def _gigabytes(row: dict[str, Any] | None) -> str:
