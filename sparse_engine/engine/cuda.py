@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_engine.engine.capture import captured
 from sparse_engine.engine.choice import Choice
 from sparse_engine.engine.halves import half_layers
 from sparse_engine.engine.kernels import DecodeState, Embedding, embed
@@ -165,21 +166,13 @@ class CudaRunner(Runner):
         graph.replay()
 
     def _capture(self, cache: Cache, choice: Choice) -> torch.cuda.CUDAGraph:
-        """Record a step. Kernels are compiled and libraries set up by a step that is run first, on a state of its own."""
+        """A step's graph. The step that is run first has a state of its own."""
         state = cache.state
         trial = Cache(cache.k, cache.v, DecodeState(**{f.name: _copy(getattr(state, f.name)) for f in fields(state)}))
         # Finished rows append nothing when their length is the capacity, so that the trial leaves the cache as it is.
         trial.state.finished.fill_(True)
         trial.state.lengths.fill_(cache.capacity)
-        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            self._once(trial, choice)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-            self._once(cache, choice)
-        return graph
+        return captured(lambda: self._once(cache, choice), lambda: self._once(trial, choice), self.device, self._pool)[0]
 
 
 def _single(weights: DecoderWeights) -> tuple[WholeStep | None, HalfLayers | RowLayers | None]:

@@ -18,7 +18,7 @@ from sparse_engine.engine.kernels.append_prompts import append_prompts
 from sparse_engine.engine.kernels.embed import POSITION_OFFSET
 from sparse_engine.engine.weights import DecoderLayer, DecoderWeights
 
-__all__ = ["CHUNK_TOKENS", "Packed", "chunks", "pass_through", "prefill"]
+__all__ = ["CHUNK_TOKENS", "PromptBatch", "chunks", "pass_through", "prefill"]
 
 CHUNK_TOKENS = 16384
 """Prompt tokens that pass at a time, which bounds the memory of the activations; a longer prompt passes alone."""
@@ -30,8 +30,8 @@ def prefill(weights: DecoderWeights, k_cache: Tensor, v_cache: Tensor, rows: Seq
     Gives the logits (len(prompts), V) behind each prompt.
     """
     parts = chunks([len(prompt) for prompt in prompts], CHUNK_TOKENS)
-    packed = (Packed.of([rows[i] for i in part], [prompts[i] for i in part], k_cache.device) for part in parts)
-    logits = [pass_through(weights, k_cache, v_cache, part) for part in packed]
+    batches = (PromptBatch.of([rows[i] for i in part], [prompts[i] for i in part], k_cache.device) for part in parts)
+    logits = [pass_through(weights, k_cache, v_cache, batch) for batch in batches]
     return torch.cat(logits) if len(logits) > 1 else logits[0]
 
 
@@ -49,7 +49,7 @@ def chunks(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
+class PromptBatch:
     """Prompts one behind the other, T tokens together, as tensors of the device.
 
     Attributes:
@@ -67,7 +67,7 @@ class Packed:
     lengths: Sequence[int]
 
     @classmethod
-    def of(cls, rows: Sequence[int], prompts: Sequence[Tensor], device: torch.device) -> Packed:
+    def of(cls, rows: Sequence[int], prompts: Sequence[Tensor], device: torch.device) -> PromptBatch:
         lengths = [len(prompt) for prompt in prompts]
         ends = list(itertools.accumulate(lengths))
         row = torch.tensor(rows, device=device).repeat_interleave(torch.tensor(lengths, device=device), output_size=ends[-1])
@@ -75,7 +75,7 @@ class Packed:
         return cls(torch.cat(list(prompts)), row, place, torch.tensor(ends, device=device) - 1, lengths)
 
 
-def pass_through(weights: DecoderWeights, k_cache: Tensor, v_cache: Tensor, prompts: Packed) -> Tensor:
+def pass_through(weights: DecoderWeights, k_cache: Tensor, v_cache: Tensor, prompts: PromptBatch) -> Tensor:
     """Logits (prompts, V) behind each prompt, whose keys and values are left in the caches; without a wait of the host."""
     h = weights.tokens[prompts.tokens]
     if weights.project_in is not None:

@@ -7,12 +7,14 @@ hides from it; they leave keys and values behind the prompt's, where generation 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_engine.engine.prefill import Packed
+from sparse_engine.engine.capture import captured
+from sparse_engine.engine.prefill import PromptBatch
 
 __all__ = ["PromptGraphs", "bucket_of"]
 
@@ -36,9 +38,9 @@ class PromptGraphs:
         pool: of graphs that never run at the same time as these.
     """
 
-    def __init__(self, run: Callable[[Packed], Tensor], device: torch.device, pool: Any) -> None:
+    def __init__(self, run: Callable[[PromptBatch], Tensor], device: torch.device, pool: Any) -> None:
         self._run, self._device, self._pool = run, device, pool
-        self._made: dict[int, tuple[torch.cuda.CUDAGraph, Packed, Tensor]] = {}
+        self._made: dict[int, tuple[torch.cuda.CUDAGraph, PromptBatch, Tensor]] = {}
 
     def __call__(self, row: int, prompt: Tensor, bucket: int) -> Tensor:
         """Logits (1, V) behind ``prompt``, int64 (P,), whose keys and values go to ``row`` of the cache.
@@ -57,20 +59,12 @@ class PromptGraphs:
         return logits.clone()
 
     @torch.inference_mode(mode=False)  # graphs serve calls that may run in another mode
-    def _places(self, tokens: int) -> Packed:
+    def _places(self, tokens: int) -> PromptBatch:
         zeros = torch.zeros(tokens, dtype=torch.int64, device=self._device)
-        return Packed(zeros, zeros.clone(), torch.arange(tokens, device=self._device), zeros[:1].clone(), [tokens])
+        return PromptBatch(zeros, zeros.clone(), torch.arange(tokens, device=self._device), zeros[:1].clone(), [tokens])
 
     @torch.inference_mode(mode=False)
     @torch.no_grad()
-    def _capture(self, given: Packed, bucket: int) -> None:
-        stream, here = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(here)
-        with torch.cuda.stream(stream):
-            # Kernels are compiled and libraries set up by a pass that is run first.
-            self._run(given)
-        here.wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-            logits = self._run(given)
+    def _capture(self, given: PromptBatch, bucket: int) -> None:
+        graph, logits = captured(partial(self._run, given), partial(self._run, given), self._device, self._pool)
         self._made[bucket] = graph, given, logits

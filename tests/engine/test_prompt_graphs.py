@@ -11,7 +11,7 @@ import torch
 
 from sparse_engine import EngineOPTForCausalLM, SparseOPTForCausalLM
 from sparse_engine.engine.generation import VARIABLE
-from sparse_engine.engine.prefill import Packed, pass_through
+from sparse_engine.engine.prefill import PromptBatch, pass_through
 from sparse_engine.engine.prompt_graphs import PromptGraphs, bucket_of
 from sparse_engine.engine.runner import runner_for
 
@@ -35,9 +35,9 @@ def test_what_follows_a_prompt_changes_nothing(architecture: str, request: pytes
     caches = [torch.zeros(shape) for _ in range(4)]
     prompt = torch.randint(4, 200, (11,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        alone = Packed.of([1], [prompt], torch.device("cpu"))
+        alone = PromptBatch.of([1], [prompt], torch.device("cpu"))
         expected = pass_through(weights, caches[0], caches[1], alone)
-        longer = Packed.of([1], [torch.cat([prompt, torch.full((21,), 5)])], torch.device("cpu"))
+        longer = PromptBatch.of([1], [torch.cat([prompt, torch.full((21,), 5)])], torch.device("cpu"))
         found = pass_through(weights, caches[2], caches[3], dataclasses.replace(longer, lasts=alone.lasts))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for one, other in ((0, 2), (1, 3)):
@@ -103,7 +103,7 @@ def test_a_prompt_is_read_without_a_graph_where_there_is_no_room_for_one(tiny_op
     cache, prompt = runner.allocate(1, 128, 1), torch.randint(4, 200, (9,), device="cuda")
     tried: list[int] = []
 
-    def full(self: PromptGraphs, given: Packed, bucket: int) -> None:
+    def full(self: PromptGraphs, given: PromptBatch, bucket: int) -> None:
         tried.append(bucket)
         raise torch.cuda.OutOfMemoryError("no room")
 
