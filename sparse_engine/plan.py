@@ -59,8 +59,7 @@ def kernels_for(problem: Problem, backend: str | None = None, policy: Policy = U
             able.append(_rivals(verdicts))
             limit = max(map(_time, table[-1].values()))
             dense.append({} if policy.forbids(asked) else {v.kernel: v for v in _measured_dense(verdicts) if _time(v) <= limit})
-    if backend is None:
-        table = _with_what_steps_hold(table, able, in_place)
+    table = _with_what_steps_hold(table, able, in_place)
     names = _names(table, in_place)
     if any(kernels[name].keeps_dense for name in names):
         # The copy that some numbers of rows are worth is there for the others as well.

@@ -39,8 +39,7 @@ __all__ = [
     "configs",
     "parse_row",
     "run_row",
-    "small_row",
-    "wide_row",
+    "usual_row",
 ]
 
 SOURCE = "decode_row_unstructured.cu"
@@ -128,7 +127,7 @@ def _serves(columns: int, here: Gpu) -> bool:
     return here.hopper and columns % UNIT == 0
 
 
-def small_row(rows: int, columns: int, here: Gpu) -> StreamRow:
+def _small_row(rows: int, columns: int, here: Gpu) -> StreamRow:
     """Blocks of one row tile, with equally many units for each of their warps.
 
     A step of 125M took 0.149 ms with such tiles, and 0.176 with those of wider models. Its product `out`, whose six units leave half of
@@ -143,7 +142,7 @@ def small_row(rows: int, columns: int, here: Gpu) -> StreamRow:
     return _row(columns, warps, slots, 4, max(min(3, _RESIDENT_WARPS // (warps + 2)), 1), 2, 1)
 
 
-def wide_row(rows: int, columns: int, here: Gpu) -> StreamRow:
+def _wide_row(rows: int, columns: int, here: Gpu) -> StreamRow:
     """One large block on each multiprocessor.
 
     Clusters share the tiles of long rows where a block has more than one: a multiprocessor has two or three of the last product of 13B,
@@ -155,15 +154,16 @@ def wide_row(rows: int, columns: int, here: Gpu) -> StreamRow:
     return _row(columns, 8, 2, 8, 1, 4, 1)
 
 
-def _usual(rows: int, columns: int, here: Gpu) -> StreamRow:
-    return (small_row if min(rows, columns) <= SMALL_UP_TO else wide_row)(rows, columns, here)
+def usual_row(rows: int, columns: int, here: Gpu) -> StreamRow:
+    """The form for a product of a model of any width."""
+    return (_small_row if min(rows, columns) <= SMALL_UP_TO else _wide_row)(rows, columns, here)
 
 
 def _candidates(rows: int, columns: int, here: Gpu) -> Iterator[StreamRow]:
     """What is worth measuring, the likely ones first."""
-    yield _usual(rows, columns, here)
+    yield usual_row(rows, columns, here)
     if -(-rows // 16) <= here.processors:
-        yield small_row(rows, columns, here)
+        yield _small_row(rows, columns, here)
     yield _row(columns, 8, 2, 8, 1, 4, 1)
     yield _row(columns, 12, 2, 8, 1, 4, 1)
     yield _row(columns, 12, 1, 4, 1, 4, 1) if unstructured_parts(columns) > 1 else _row(columns, 12, 2, 8, 1, 4, 2)
@@ -203,7 +203,7 @@ def _rule(rows: int, columns: int, depth: int, here: Gpu) -> StreamRow | None:
         return None
     if -(-rows // 16) > here.processors and unstructured_parts(columns) == 1 and columns < _MANY_FROM:
         return None
-    row = _usual(rows, columns, here)
+    row = usual_row(rows, columns, here)
     fitted = row.fitted(depth, here)
     # Deep units that cost warps were not what was measured.
     return fitted if fitted is not None and fitted.tile.warps_k == row.tile.warps_k else None

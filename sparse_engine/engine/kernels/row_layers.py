@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_engine.backends.cuda_decode import Streams
-from sparse_engine.backends.cuda_row_stream import SMALL_UP_TO, small_row, wide_row
+from sparse_engine.backends.cuda_row_stream import SMALL_UP_TO, usual_row
 from sparse_engine.backends.cuda_sources import UNIT, Gpu, Tile
 from sparse_engine.engine.kernels import launching
 from sparse_engine.engine.kernels.ahead import Ahead, ahead_of
@@ -83,7 +83,7 @@ def stream_products(widths: Widths, streams: Mapping[str, Streams], dtype: torch
     found: dict[str, RowProduct] = {}
     for name, (rows, columns) in shapes.items():
         own = streams[name]
-        form = (small_row if hidden <= SMALL_UP_TO else wide_row)(rows, columns, here)
+        form = usual_row(rows, columns, here)
         found[name] = fit_row(StreamRowProduct(rows, columns, dtype, form.tile, name in ("qkv", "fc1"), own, form.row_warps), here)
     return found
 
