@@ -91,6 +91,11 @@ __device__ __forceinline__ void barrier_arrive_in(u32 barrier, u32 rank) {
 }
 #endif
 
+// A thread's own copy of 16 bytes, on sm_80 and newer.
+__device__ __forceinline__ void copy_vector(u32 target, const uint4* source) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
+}
+
 // A warp copies `count` uint4 from `source` to shared address `target`; `barrier`, made for COPY_ARRIVALS, opens when they have arrived.
 #if __CUDA_ARCH__ >= 900
 #define COPY_ARRIVALS 1
@@ -103,7 +108,7 @@ __device__ __forceinline__ void copy_block(u32 target, const uint4* source, u32 
 #define COPY_ARRIVALS 32
 __device__ __forceinline__ void copy_block(u32 target, const uint4* source, u32 count, u32 barrier, u64) {
   for (u32 i = threadIdx.x & 31; i < count; i += 32)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target + i * 16), "l"(source + i) : "memory");
+    copy_vector(target + i * 16, source + i);
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 #endif

@@ -7,6 +7,7 @@
 // and the moments lie in shared memory; ROW_WARPS that normalise, the last ones of a block.
 #pragma once
 #include "ahead.cuh"
+#include "bulk.cuh"
 #include "values.cuh"
 #include "warp.cuh"
 
@@ -26,10 +27,6 @@ struct RowParams {
   float eps;
   Ahead ahead; // of the kernel behind this one
 };
-
-__device__ __forceinline__ void copy_vector(u32 target, const uint4* source) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
-}
 
 __device__ __forceinline__ void write_shared(u32 address, const uint4& v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
