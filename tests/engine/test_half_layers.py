@@ -11,7 +11,12 @@ from typing import Any
 import pytest
 import torch
 from cuda_products import nvcc
-from decoding import assert_steps_match_the_kernels_one_by_one, finished_session, same_generation_with_and_without, small_opt
+from decoding import (
+    assert_a_finished_row_stays,
+    assert_steps_match_the_kernels_one_by_one,
+    same_generation_with_and_without,
+    small_opt,
+)
 from products import relative_error
 
 from sparse_engine import cuda
@@ -22,7 +27,7 @@ from sparse_engine.engine.halves import half_layers
 from sparse_engine.engine.kernels import half_layers as kernels
 from sparse_engine.engine.kernels.half_layers import HalfDimensions
 from sparse_engine.engine.kernels.head import head_macros, head_row
-from sparse_engine.engine.runner import runner_for
+from sparse_engine.engine.runner import Session, runner_for
 from sparse_engine.engine.weights import DecoderWeights
 from sparse_engine.errors import InputError
 
@@ -112,14 +117,7 @@ def test_generation_is_the_same_with_and_without_them(monkeypatch: pytest.Monkey
 
 @pytest.mark.gpu
 def test_a_finished_row_changes_nothing() -> None:
-    runner: Any = runner_for(small_opt("2:4").to("cuda").eval())
-    session, before = finished_session(runner)
-    cache = session.cache
-    session.step()
-    assert torch.equal(cache.k, before.k)
-    assert torch.equal(cache.v, before.v)
-    assert int(cache.state.tokens[0]) == cache.state.pad
-    assert int(cache.state.lengths[0]) == cache.capacity
+    assert_a_finished_row_stays(runner_for(small_opt("2:4").to("cuda").eval()), Session.step)
 
 
 @pytest.mark.gpu

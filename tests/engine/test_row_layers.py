@@ -10,7 +10,12 @@ from typing import Any
 import pytest
 import torch
 from cuda_products import H200, TOLERANCE, make_packed, nvcc
-from decoding import assert_steps_match_the_kernels_one_by_one, finished_session, same_generation_with_and_without, small_opt
+from decoding import (
+    assert_a_finished_row_stays,
+    assert_steps_match_the_kernels_one_by_one,
+    same_generation_with_and_without,
+    small_opt,
+)
 from products import relative_error
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,7 +35,7 @@ from sparse_engine.engine.kernels.row_layers import RowLayers, Widths, nm_produc
 from sparse_engine.engine.kernels.row_product import NmRowProduct, RowNorm, RowProduct
 from sparse_engine.engine.kernels.row_stream import StreamRowProduct, fit_row
 from sparse_engine.engine.rows import row_layers
-from sparse_engine.engine.runner import runner_for
+from sparse_engine.engine.runner import Session, runner_for
 from sparse_engine.engine.weights import DecoderWeights
 from sparse_engine.errors import InputError
 from sparse_engine.pattern import SparsityPattern
@@ -312,13 +317,7 @@ def test_by_default_kernels_run_where_units_leave_no_room(monkeypatch: pytest.Mo
 
 @pytest.mark.gpu
 def test_a_finished_row_changes_nothing() -> None:
-    runner: Any = runner_for(small_opt("2:4").to("cuda").eval())
-    session, before = finished_session(runner)
-    cache = session.cache
-    session.step()
-    assert torch.equal(cache.k, before.k)
-    assert torch.equal(cache.v, before.v)
-    assert int(cache.state.lengths[0]) == cache.capacity
+    assert_a_finished_row_stays(runner_for(small_opt("2:4").to("cuda").eval()), Session.step)
 
 
 @pytest.mark.gpu

@@ -11,8 +11,9 @@ import pytest
 import torch
 from products import random_keep
 
-from sparse_engine import cuda, formats
+from sparse_engine import cuda, formats, registry
 from sparse_engine.backends import cuda_decode
+from sparse_engine.bench.shapes import PATTERNS
 from sparse_engine.formats.base import PackedWeight
 from sparse_engine.mask import Mask
 from sparse_engine.pattern import SparsityPattern
@@ -38,6 +39,13 @@ def make_packed(pattern: str, shape: tuple[int, int], dtype: torch.dtype, device
     weight[shape[0] // 2] = 0.0
     weight[torch.rand(shape, generator=generator) < 0.05] = -0.0
     return formats.for_pattern(parsed).pack(weight.to(dtype), Mask(parsed, keep)).to(device)
+
+
+def problem_of(pattern: str, shape: tuple[int, int], m: int) -> registry.Problem:
+    """The product of m activation rows by a bf16 weight with ``pattern`` "2:4", "4:8" or "unstructured", for a GPU that is not here."""
+    parsed = SparsityPattern.parse(PATTERNS[pattern])
+    fmt = formats.for_pattern(parsed)
+    return registry.Problem.of(PackedWeight(fmt.name, fmt.version, parsed, shape, torch.bfloat16, {}), m, torch.device("cpu"))
 
 
 def nvcc(arch: str, file: str, macros: Mapping[str, int], folder: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -57,6 +57,18 @@ def finished_session(runner: Any) -> tuple[Session, Cache]:
     state.finished.fill_(True)
     state.lengths.fill_(session.cache.capacity)
     return session, copied(session.cache)
+
+
+def assert_a_finished_row_stays(runner: Any, step: Callable[[Session], object]) -> tuple[Session, Cache]:
+    """Runs ``step`` on a :func:`finished_session`, which it leaves as it was but for a token, the pad; gives the session and the copy."""
+    session, before = finished_session(runner)
+    step(session)
+    cache = session.cache
+    assert torch.equal(cache.k, before.k)
+    assert torch.equal(cache.v, before.v)
+    assert int(cache.state.tokens[0]) == cache.state.pad
+    assert int(cache.state.lengths[0]) == cache.capacity
+    return session, before
 
 
 def assert_same_step(found: Tensor, cache: Cache, expected: Tensor, before: Cache) -> None:
