@@ -128,6 +128,7 @@ class Kernel(ABC):
             the packed tensors are released from the device; :meth:`recover` gives them back for saving.
         keeps_dense: its layout is as large as the dense weight, so that it is chosen only where it was measured to be faster than
             the best packed kernel and the policy allows it.
+        types_alike: bf16 and fp16 take the same time, so that a time measured with one stands in for the other's.
     """
 
     name: ClassVar[str]
@@ -137,6 +138,7 @@ class Kernel(ABC):
     dtypes: ClassVar[frozenset[torch.dtype]]
     in_place: ClassVar[bool] = True
     keeps_dense: ClassVar[bool] = False
+    types_alike: ClassVar[bool] = True
 
     def rejects(self, problem: Problem) -> str | None:
         """Why this kernel cannot run ``problem`` (a phrase that can follow its name), or None when it can."""
@@ -316,7 +318,7 @@ def explain(problem: Problem, policy: Policy = UNLIMITED) -> list[Verdict]:
     for name, kernel in sorted(kernels.items()):
         if reason := kernel.rejects(problem):
             rejected.append(Verdict(name, reason, None, chosen=False))
-        elif (found := measured.get(name)) is not None:
+        elif (found := measured.get(name)) is not None and (kernel.types_alike or not found.stands_in):
             able.append(Verdict(name, None, found.us, chosen=False, source=found.source, config=found.config))
         else:
             able.append(Verdict(name, None, kernel.cost(problem), chosen=False, source=ESTIMATE))

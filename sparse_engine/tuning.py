@@ -62,11 +62,15 @@ Entries = dict[str, dict[str, dict[str, dict[str, dict[str, list[Any]]]]]]
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The time of one kernel in µs, the ``config`` it was measured with, and ``source``: :data:`SHIPPED` or :data:`USER`."""
+    """The time of one kernel in µs, the ``config`` it was measured with, and ``source``: :data:`SHIPPED` or :data:`USER`.
+
+    ``stands_in``: it was measured with the other 16-bit type.
+    """
 
     us: float
     config: Config = ()
     source: str = USER
+    stands_in: bool = False
 
 
 def slug(gpu: str) -> str:
@@ -109,7 +113,7 @@ def _lookup(gpu: str, own: Path, pattern: str, dtype: str, shape: tuple[int, int
             key = str(min(fitting))
             return MappingProxyType(
                 {
-                    kernel: Measured(float(us), tuple(config), source)
+                    kernel: Measured(float(us), tuple(config), source, name != dtype)
                     for source, held in buckets
                     for kernel, (us, *config) in held.get(key, {}).items()
                 }

@@ -93,6 +93,7 @@ def test_a_bucket_of_many_more_rows_says_nothing() -> None:
 def test_sixteen_bit_types_stand_in_for_each_other() -> None:
     record({"a": 1.0}, dtype=torch.float16)
     assert times(1, torch.bfloat16) == times(1, torch.float16) == {"a": 1.0}
+    assert [tuning.lookup(GPU, "2:4", dtype, SHAPE, 1)["a"].stands_in for dtype in (torch.float16, torch.bfloat16)] == [False, True]
     assert times(1, torch.float32) == {}
     record({"a": 2.0}, dtype=torch.bfloat16)
     assert (times(1, torch.bfloat16), times(1, torch.float16)) == ({"a": 2.0}, {"a": 1.0})

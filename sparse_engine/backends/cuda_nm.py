@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_engine import cuda
-from sparse_engine.backends import cuda_prefill
-from sparse_engine.backends.cuda_decode import UNIT, fragment_linear_fake, run_decode
+from sparse_engine.backends import cuda_prefill, cuda_row_forms, cuda_row_stream
+from sparse_engine.backends.cuda_decode import UNIT, fragment_linear_fake, gpu, run_decode
 from sparse_engine.backends.cuda_tiles import choose, compilations, configs, current_gpu, estimate_us, parse
 from sparse_engine.formats.base import PackedWeight
 from sparse_engine.ops import define_linear
@@ -107,6 +107,11 @@ def _linear(
 ) -> Tensor:
     if x.numel() >= cuda_prefill.FEWEST_ROWS * columns:
         return cuda_prefill.product(_NAME, cuda_prefill.Call(_PATTERNS[group], x, weight, bias, residual, rows, columns, relu))
+    if 0 < x.numel() <= cuda_row_stream.MOST_ROWS * columns:
+        m = x.numel() // columns
+        row = cuda_row_forms.choose(_NAME, _PATTERNS[group], x.dtype, rows, columns, m, 0, gpu(x.device.index))
+        if row is not None:
+            return cuda_row_stream.run_rows(row, x, weight, bias, residual, rows, relu)
     return run_decode(_CHOOSERS[group], x, weight, bias, residual, rows, columns, relu)
 
 
@@ -149,12 +154,14 @@ class CudaNMKernel(Kernel):
     def configs(self, problem: Problem) -> Sequence[Config]:
         if problem.rows >= cuda_prefill.FEWEST_ROWS:
             return cuda_prefill.configs_of(problem)
-        return configs(str(problem.pattern), problem, current_gpu())
+        here = current_gpu()
+        return [*cuda_row_forms.configs(problem, here), *configs(str(problem.pattern), problem, here)]
 
     def compilations(self, problem: Problem, config: Config) -> Sequence[tuple[str, str, tuple[tuple[str, int], ...]]]:
         if problem.rows >= cuda_prefill.FEWEST_ROWS:
             return cuda_prefill.compilations_of(problem, config)
-        return compilations(str(problem.pattern), problem, config, current_gpu())
+        here = current_gpu()
+        return cuda_row_forms.compilations(problem, config, here) or compilations(str(problem.pattern), problem, config, here)
 
     def prepare(self, packed: PackedWeight) -> Layout:
         values, bitmask = packed.tensors["values"], packed.tensors["bitmask"]
@@ -195,6 +202,9 @@ class CudaNMKernel(Kernel):
         call = cuda_prefill.Call(str(pattern), x, layout["weight"], bias, None, rows, columns, False)
         if (y := cuda_prefill.run_config(call, config)) is not None:
             return y
+        row = cuda_row_stream.parse_row(str(pattern), config, columns, x.numel() // columns, gpu(x.device.index))
+        if row is not None:
+            return cuda_row_stream.run_rows(row, x, layout["weight"], bias, None, rows, False)
         if (chosen := parse(str(pattern), config)) is None:
             return self.run(x, layout, bias, pattern)
         return run_decode(lambda *_: chosen, x, layout["weight"], bias, None, rows, columns, False)

@@ -10,6 +10,7 @@ import torch
 from sparse_engine.errors import KernelUnavailableError
 
 __all__ = [
+    "AT_ONCE",
     "MAX_ROWS",
     "TYPICAL_DEPTH",
     "UNIT",
@@ -22,6 +23,7 @@ __all__ = [
     "arrange_macros",
     "blocks_at_once",
     "fit",
+    "fragment_bytes",
     "gpu",
     "macros_of",
     "resident_clusters",
@@ -164,6 +166,10 @@ class StreamSource(Source):
         return min(groups, max(here.processors * blocks_at_once(tile, shared, here) // tile.splits, 1)), tile.splits
 
 
+AT_ONCE = {1: 1.0, 2: 1.0, 3: 0.95, 4: 0.91, 6: 0.82, 8: 0.91}
+"""The part of a GPU that clusters of so many blocks can fill: they lie within a group of its multiprocessors (measured for 2, 4, 8)."""
+
+
 def blocks_at_once(tile: Tile, shared: int, here: Gpu) -> int:
     """Blocks of a tile on one multiprocessor, whose shared memory is 1 KB more than a block may have and of which each block takes 1 KB."""
     return min(tile.min_blocks, (here.shared_limit + 1024) // (shared + 1024))
@@ -171,7 +177,8 @@ def blocks_at_once(tile: Tile, shared: int, here: Gpu) -> int:
 
 def resident_clusters(tile: Tile, rows: int, shared: int, here: Gpu) -> int:
     """One cluster for each row tile, or those that are resident at once, so that a block brings the activation row once for several."""
-    return min(-(-rows // tile.block_rows), here.processors * blocks_at_once(tile, shared, here) // tile.cluster)
+    blocks = int(AT_ONCE[tile.cluster] * here.processors) * blocks_at_once(tile, shared, here)
+    return min(-(-rows // tile.block_rows), blocks // tile.cluster)
 
 
 def row_input_bytes(columns: int, *, normed: bool) -> int:
@@ -282,6 +289,12 @@ def stream_bytes(tile: Tile, depth: int) -> int:
     slots = tile.warps_row * tile.warps_k * tile.stages
     slot = 96 + 32 + 512 // tile.parts + 128 * (depth + 1)
     return 512 * 8 * tile.table_copies + whole_lines(8 * slots) + slots * slot
+
+
+def fragment_bytes(tile: Tile) -> int:
+    """Barriers and slots of every warp of nm_slots.cuh: a unit's positions, and the values of one of its parts."""
+    slots = tile.warps_row * tile.warps_k * tile.stages
+    return whole_lines(8 * slots) + slots * (_SLOT_BYTES // 9 + 8 * (_SLOT_BYTES // 9) // tile.parts)
 
 
 def whole_lines(nbytes: int) -> int:

@@ -14,6 +14,7 @@ import torch
 
 from sparse_engine import tuning
 from sparse_engine.backends.cuda_sources import (
+    AT_ONCE,
     MAX_ROWS,
     TYPICAL_DEPTH,
     UNIT,
@@ -94,8 +95,6 @@ _WARPGROUPS = {
     "unstructured": ((4, 2, 2, 1), (4, 1, 3, 1), (8, 1, 2, 1), (4, 1, 2, 2), (12, 1, 2, 1)),
 }
 """(warps_row, warps_k, slots, blocks on a multiprocessor). Sixteen warps would leave too few registers for 64 activation rows."""
-_AT_ONCE = {1: 1.0, 2: 1.0, 3: 0.95, 4: 0.91, 6: 0.82, 8: 0.91}
-"""The part of a GPU that clusters of so many blocks can fill: they lie within a group of its multiprocessors (measured for 2, 4, 8)."""
 _STREAMED = {
     "nm": ((8, 3, 1, 1), (12, 2, 1, 1), (12, 3, 1, 1), (4, 3, 2, 1), (8, 3, 1, 2), (12, 2, 1, 2)),
     "unstructured": ((8, 2, 1, 1), (12, 2, 1, 1)),
@@ -149,7 +148,7 @@ def _warpgroup_tiles(source: WarpgroupSource, rows: int, columns: int, m: int, h
         room = here.processors * blocks_at_once(tile, shared, here)
         groups = -(-rows // tile.block_rows)
         units = -(-columns * parts // UNIT)
-        fitting = [s for s, part in _AT_ONCE.items() if groups * s <= part * room and warps_k * s <= units]
+        fitting = [s for s, part in AT_ONCE.items() if groups * s <= part * room and warps_k * s <= units]
         cuts = fitting[:-3:-1] or [1]
         found += [(abs(math.log(groups * splits / here.processors)), replace(tile, splits=splits)) for splits in cuts]
     plain = [tile for _, tile in sorted(found, key=lambda each: each[0])]
@@ -159,12 +158,12 @@ def _warpgroup_tiles(source: WarpgroupSource, rows: int, columns: int, m: int, h
 def _in_pairs(source: WarpgroupSource, tile: Tile, rows: int, m: int, here: Gpu) -> list[Tile]:
     """``tile`` in clusters of two row groups that share activations, where those are much of the traffic and all blocks run at once."""
     size = 2 * tile.splits
-    if source.arranged or m <= 16 or size not in _AT_ONCE:
+    if source.arranged or m <= 16 or size not in AT_ONCE:
         return []
     paired = replace(tile, cluster=2)
     room = here.processors * blocks_at_once(paired, source.shared_bytes(paired, m, 0), here)
     blocks = -(-rows // (2 * tile.block_rows)) * size
-    return [paired] if blocks <= _AT_ONCE[size] * room else []
+    return [paired] if blocks <= AT_ONCE[size] * room else []
 
 
 def _streamed_tiles(source: StreamedSource, rows: int, columns: int, m: int, here: Gpu) -> list[Tile]:
@@ -191,7 +190,7 @@ def _tiles(pattern: str, rows: int, columns: int, m: int, here: Gpu) -> Iterator
     many = (m >= 16 and rows * columns > _SMALL) or (m >= 32 and rows * columns > _TINY)
     for source in sources(pattern, here)[:: -1 if many else 1]:
         if isinstance(source, StreamedSource):
-            if m > 8 and rows * columns >= _LARGE:
+            if m > 4 and rows * columns >= _LARGE:
                 yield from ((source, tile) for tile in _streamed_tiles(source, rows, columns, m, here))
             continue
         if isinstance(source, WarpgroupSource):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_engine import cuda
-from sparse_engine.backends import cuda_prefill, cuda_row_stream
+from sparse_engine.backends import cuda_prefill, cuda_row_forms, cuda_row_stream
 from sparse_engine.backends.cuda_decode import UNIT, Streams, gpu, run_decode
 from sparse_engine.backends.cuda_tiles import choose, compilations, configs, current_gpu, estimate_us, parse, unstructured_parts
 from sparse_engine.formats.base import PackedWeight, unpack_bits
@@ -204,10 +204,11 @@ def _linear(
     streams = Streams(offsets, depth, parts)
     if x.numel() >= cuda_prefill.FEWEST_ROWS * columns:
         return cuda_prefill.product(_NAME, cuda_prefill.Call("unstructured", x, weight, bias, residual, rows, columns, relu, streams))
-    if x.numel() == columns:
-        row = cuda_row_stream.choose(_NAME, x.dtype, rows, columns, depth, gpu(x.device.index))
+    if 0 < x.numel() <= cuda_row_stream.MOST_ROWS * columns:
+        m = x.numel() // columns
+        row = cuda_row_forms.choose(_NAME, "unstructured", x.dtype, rows, columns, m, depth, gpu(x.device.index))
         if row is not None:
-            return cuda_row_stream.run_row(row, x, weight, bias, residual, rows, relu, streams)
+            return cuda_row_stream.run_rows(row, x, weight, bias, residual, rows, relu, streams)
     return run_decode(_choose, x, weight, bias, residual, rows, columns, relu, streams)
 
 
@@ -246,13 +247,13 @@ class CudaUnstructuredKernel(Kernel):
         if problem.rows >= cuda_prefill.FEWEST_ROWS:
             return cuda_prefill.configs_of(problem)
         here = current_gpu()
-        return [*cuda_row_stream.configs(problem, here), *configs("unstructured", problem, here)]
+        return [*cuda_row_forms.configs(problem, here), *configs("unstructured", problem, here)]
 
     def compilations(self, problem: Problem, config: Config) -> Sequence[tuple[str, str, tuple[tuple[str, int], ...]]]:
         if problem.rows >= cuda_prefill.FEWEST_ROWS:
             return cuda_prefill.compilations_of(problem, config)
         here = current_gpu()
-        return cuda_row_stream.compilations(problem, config, here) or compilations("unstructured", problem, config, here)
+        return cuda_row_forms.compilations(problem, config, here) or compilations("unstructured", problem, config, here)
 
     def layout_nbytes(self, problem: Problem, packed: PackedWeight) -> int | None:
         if "bitmask" not in packed.tensors or packed.tensors["bitmask"].is_meta:
@@ -314,9 +315,9 @@ class CudaUnstructuredKernel(Kernel):
         call = cuda_prefill.Call("unstructured", x, layout["weight"], bias, None, rows, columns, False, streams)
         if (y := cuda_prefill.run_config(call, config)) is not None:
             return y
-        row = cuda_row_stream.parse_row(config, columns, gpu(x.device.index)) if x.numel() == columns else None
+        row = cuda_row_stream.parse_row("unstructured", config, columns, x.numel() // columns, gpu(x.device.index))
         if row is not None:
-            return cuda_row_stream.run_row(row, x, layout["weight"], bias, None, rows, False, streams)
+            return cuda_row_stream.run_rows(row, x, layout["weight"], bias, None, rows, False, streams)
         if (chosen := parse("unstructured", config)) is None:
             return self.run(x, layout, bias, pattern)
         return run_decode(lambda *_: chosen, x, layout["weight"], bias, None, rows, columns, False, streams)

@@ -170,7 +170,8 @@ def _measure_shape(
                     raise
                 note(f"{model} {layer} {pattern} M = {m} left out: {error}")
                 continue
-            others = [registry.get(_CUSPARSELT)] if _CUSPARSELT in problem.measured() else []
+            searched_for = problem.measured().get(_CUSPARSELT)
+            others = [registry.get(_CUSPARSELT)] if searched_for is not None and not searched_for.stands_in else []
             replays: dict[str, Replay] = {}
             for one in dict.fromkeys((kernel, *others)):
                 if one.name not in layouts:

@@ -50,7 +50,7 @@ _FORMS = {
 
 _FASTEST: dict[int, dict[int, str]] = {
     4: {768: "half-layers", 2048: "rows", 2560: "rows", 4096: "rows", 5120: "rows"},
-    8: {768: "half-layers", 2048: "rows", 2560: "rows", 4096: "rows"},
+    8: {768: "rows", 2048: "rows", 2560: "rows", 4096: "rows", 5120: "rows"},
     0: {768: "rows", 2048: "rows", 2560: "rows", 4096: "rows", 5120: "rows"},
 }
 """By the pattern's group (0: unstructured), then by the model's width, the form of a single row that was measured to be the fastest;

@@ -26,13 +26,13 @@ for pattern in patterns:
     # The last row tile is not full, nor the last unit where the kernel takes such; unstructured weights of few columns have units of 128.
     for rows, columns in ((200, 1288), (72, 520)):
         if file == cuda_row_stream.SOURCE:
-            columns -= 8
+            columns = -(-columns // 256) * 256
         packed = random_packed((rows, columns), parsed, torch.bfloat16, "cuda")
         layout = kernel.prepare(packed)
         bias = torch.randn(rows, device="cuda", dtype=torch.bfloat16)
         for m, *tile in tiles:
             if file == cuda_row_stream.SOURCE:
-                assert cuda_row_stream.parse_row((file, *tile), columns, gpu(0)), tile
+                assert cuda_row_stream.parse_row(pattern, (file, *tile), columns, m, gpu(0)), tile
             else:
                 if pattern == "unstructured":
                     tile[4] = unstructured_parts(columns)
@@ -53,7 +53,8 @@ _SHARED_UNITS = [(1, 1, 1, 1, 4, 4, 1, 2, 2, 16, 1), (7, 1, 2, 2, 4, 2, 1, 2, 1,
 CASES = [
     ("decode_nm.cu", "2:4,4:8", [*_MMA, *_SHARED_UNITS]),
     ("decode_unstructured.cu", "unstructured", _MMA),
-    ("decode_row_unstructured.cu", "unstructured", [(1, 8, 2, 8, 1, 4, 1), (1, 3, 1, 4, 3, 2, 1), (1, 6, 2, 4, 1, 4, 2)]),
+    ("decode_row_stream.cu", "unstructured", [(1, 8, 2, 8, 1, 4, 1), (5, 3, 1, 4, 3, 2, 1), (1, 6, 2, 4, 1, 4, 2), (7, 1, 2, 4, 1, 4, 2)]),
+    ("decode_row_stream.cu", "2:4,4:8", [(1, 8, 2, 1, 1, 4, 1), (5, 12, 1, 4, 1, 4, 1), (1, 6, 2, 2, 1, 4, 2), (7, 1, 2, 2, 1, 4, 2)]),
     *(
         (
             "decode_wgmma.cu",

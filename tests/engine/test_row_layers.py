@@ -21,19 +21,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_engine import cuda, formats
+from sparse_engine.backends import cuda_row_stream
 from sparse_engine.backends.cuda_decode import RowParams, Streams, run_decode
 from sparse_engine.backends.cuda_nm import to_fragments
-from sparse_engine.backends.cuda_sources import Tile, fit
-from sparse_engine.backends.cuda_tiles import MMA_UNSTRUCTURED, unstructured_parts
+from sparse_engine.backends.cuda_row_stream import row_of
+from sparse_engine.backends.cuda_sources import Source, Tile, fit
+from sparse_engine.backends.cuda_tiles import MMA_24, MMA_48, MMA_UNSTRUCTURED, unstructured_parts
 from sparse_engine.backends.cuda_unstructured import to_streams
 from sparse_engine.engine.cuda import VARIABLE as STEP
 from sparse_engine.engine.generation import VARIABLE
 from sparse_engine.engine.kernels import layer_norm
 from sparse_engine.engine.kernels.ahead import Ahead, ahead_of
 from sparse_engine.engine.kernels.launching import gpu
-from sparse_engine.engine.kernels.row_layers import RowLayers, Widths, nm_products, stream_products
-from sparse_engine.engine.kernels.row_product import NmRowProduct, RowNorm, RowProduct
-from sparse_engine.engine.kernels.row_stream import StreamRowProduct, fit_row
+from sparse_engine.engine.kernels.row_layers import RowLayers, Widths, row_products
+from sparse_engine.engine.kernels.row_product import RowNorm, RowProduct, fit_row
 from sparse_engine.engine.rows import row_layers
 from sparse_engine.engine.runner import Session, runner_for
 from sparse_engine.engine.weights import DecoderWeights
@@ -41,7 +42,7 @@ from sparse_engine.errors import InputError
 from sparse_engine.pattern import SparsityPattern
 
 GROUPS = {"2:4": 4, "4:8": 8}
-USUAL = Tile(1, 1, 1, 8, min_blocks=3)
+MMA = {"2:4": MMA_24, "4:8": MMA_48}
 
 
 @pytest.fixture(autouse=True)
@@ -59,50 +60,40 @@ def streams_of(columns: int, depth: int | None = None) -> Streams:
 
 
 def products(hidden: int, group: int = 4) -> dict[str, RowProduct]:
-    widths = Widths(hidden, 4 * hidden, 64, group)
-    if group:
-        return nm_products(widths, torch.bfloat16, H200)
-    streams = {name: streams_of(4 * hidden if name == "fc2" else hidden) for name in ("qkv", "out", "fc1", "fc2")}
-    return stream_products(widths, streams, torch.bfloat16, H200)
+    streams = {} if group else {name: streams_of(4 * hidden if name == "fc2" else hidden) for name in ("qkv", "out", "fc1", "fc2")}
+    return row_products(Widths(hidden, 4 * hidden, 64, group), streams, torch.bfloat16, H200)
 
 
 @pytest.mark.parametrize("group", [4, 8, 0])
 @pytest.mark.parametrize("hidden", WIDTHS)
 def test_the_kernels_compile_without_spills_and_their_blocks_fit(hidden: int, group: int, tmp_path: Path) -> None:
-    for product in products(hidden, group).values():
-        assert product.tile.min_blocks * (product.shared_bytes() + 1024) <= H200.shared_limit + 1024
-        assert product.threads <= 1024
-        log = nvcc("90a", product.file, product.macros(), tmp_path)
+    for product in row_products_once(hidden, group):
+        assert product.form.tile.min_blocks * (product.shared_bytes() + 1024) <= H200.shared_limit + 1024
+        assert product.form.threads <= 1024
+        log = nvcc("90a", cuda_row_stream.SOURCE, product.form.macros(torch.bfloat16), tmp_path)
         assert max(int(count) for count in re.findall(r"(\d+) bytes spill stores", log)) == 0
 
 
-@pytest.mark.parametrize("group", [4, 0])
-def test_the_kernel_compiles_for_ampere(group: int, tmp_path: Path) -> None:
-    product = products(768, group)["fc1"]
-    nvcc("80", product.file, product.macros(), tmp_path)
+def row_products_once(hidden: int, group: int) -> list[RowProduct]:
+    """Each form once."""
+    return list({product.form: product for product in products(hidden, group).values()}.values())
 
 
 def test_deep_units_leave_room_for_fewer_warps() -> None:
     usual = products(4096, 0)["fc2"]
-    assert isinstance(usual, StreamRowProduct)
-    deep = fit_row(replace(usual, streams=streams_of(usual.columns, 128)), H200)
-    assert deep.tile.warps_k < usual.tile.warps_k
+    deep = fit_row(replace(usual, streams=streams_of(usual.form.columns, 128)), H200)
+    assert deep.form.tile.warps_k < usual.form.tile.warps_k
     assert deep.shared_bytes() <= H200.shared_limit
     with pytest.raises(InputError, match="units of 1000 words"):
-        fit_row(replace(usual, streams=streams_of(usual.columns, 1000)), H200)
+        fit_row(replace(usual, streams=streams_of(usual.form.columns, 1000)), H200)
 
 
 def test_clusters_share_few_long_row_tiles() -> None:
     for hidden in WIDTHS:
-        clusters = {name: product.tile.cluster for name, product in products(hidden, 0).items()}
-        assert clusters == {"qkv": 1, "out": 1, "fc1": 1, "fc2": 2 if hidden > 2048 else 1}
-
-
-def test_products_of_long_rows_take_them_unit_by_unit() -> None:
-    for hidden in WIDTHS:
-        files = {name: product.file for name, product in products(hidden).items()}
-        long = "decode_nm.cu" if hidden >= 4096 else "decode_row.cu"
-        assert files == {"qkv": "decode_row.cu", "out": long, "fc1": "decode_row.cu", "fc2": long}
+        for group in (4, 8, 0):
+            clusters = {name: product.form.tile.cluster for name, product in products(hidden, group).items()}
+            shared = hidden > 2048 if group == 0 else hidden >= 5120
+            assert clusters == {"qkv": 1, "out": 1, "fc1": 1, "fc2": 2 if shared else 1}
 
 
 @pytest.mark.parametrize(
@@ -122,15 +113,18 @@ def test_what_is_asked_for_lies_inside_its_tensor() -> None:
 
 
 def test_forms_that_it_does_not_have() -> None:
-    for columns, normed in ((320, False), (9216, True)):
-        with pytest.raises(InputError, match="multiples of 256"):
-            NmRowProduct(768, columns, torch.bfloat16, USUAL, normed, 4)
-        with pytest.raises(InputError, match="multiples of 256"):
-            StreamRowProduct(768, columns, torch.bfloat16, USUAL, normed, streams_of(columns))
-    with pytest.raises(InputError, match="unit by unit"):
-        NmRowProduct(768, 768, torch.bfloat16, USUAL, True, 4, by_unit=True)
+    for pattern in ("2:4", "unstructured"):
+        for columns, normed in ((320, False), (9216, True)):
+            form = replace(row_of(pattern, columns, 8, 2, 4, 1, 4, 1), normed=normed)
+            with pytest.raises(InputError, match="multiples of 256"):
+                RowProduct(768, torch.bfloat16, form, streams_of(columns) if pattern == "unstructured" else None)
+    form = row_of("unstructured", 2048, 8, 2, 4, 1, 4, 1)
     with pytest.raises(InputError, match=r"256 / 2 columns"):
-        StreamRowProduct(768, 768, torch.bfloat16, USUAL, True, streams_of(768))
+        RowProduct(768, torch.bfloat16, form, streams_of(768))
+    with pytest.raises(InputError, match="without places"):
+        RowProduct(768, torch.bfloat16, form)
+    with pytest.raises(InputError, match="2:4 with places"):
+        RowProduct(768, torch.bfloat16, row_of("2:4", 2048, 8, 2, 1, 1, 4, 1), streams_of(2048))
 
 
 def drawn(*shape: int, dtype: torch.dtype, seed: int, spread: float = 1.0) -> Tensor:
@@ -167,78 +161,44 @@ def assert_near(found: Tensor, row: Tensor, dense: Tensor, epilogue: tuple[Tenso
     assert relative_error(found, expected + (0 if residual is None else residual.double())) < TOLERANCE[found.dtype]
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
-@pytest.mark.parametrize(
-    ("columns", "tile"),
-    [
-        (256, Tile(1, 1, 1, 3, min_blocks=4)),
-        (768, Tile(1, 1, 1, 12, 4, min_blocks=2)),
-        (2048, Tile(1, 1, 1, 8, 1, min_blocks=3)),
-        (2560, Tile(1, 1, 1, 8, 2, min_blocks=3)),
-        (5120, Tile(1, 1, 1, 4, 1, min_blocks=4)),
-    ],
-)
-def test_against_float64(columns: int, tile: Tile, pattern: str, dtype: torch.dtype) -> None:
-    for rows in (3, 16, 40, 1001, 8200):
-        packed = make_packed(pattern, (rows, columns), dtype, "cuda", seed=rows)
-        weight = to_fragments(packed.tensors["values"], packed.tensors["bitmask"], packed.shape, GROUPS[pattern])
-        dense = formats.for_pattern(SparsityPattern.parse(pattern)).unpack(packed).double()
-        given = Operands(rows, columns, dtype)
-        before, plain, staged = (
-            NmRowProduct(rows, columns, dtype, tile, normed, GROUPS[pattern], by_unit)
-            for normed, by_unit in ((True, False), (False, False), (False, True))
-        )
-        for epilogue in given.epilogues():
-            added, relu, onto = epilogue
-            options: dict[str, Any] = {"relu": relu, "residual": onto}
-            found, twice, thrice, alone = (given.poisoned() for _ in range(4))
-            before(given.x, weight, added, found, norm=given.norm, ahead=ahead_of(weight, 1 << 20), **options)
-            plain(given.normed, weight, added, twice, **options)
-            staged(given.normed, weight, added, thrice, **options)
-            plain(given.x, weight, added, alone, **options)
-            assert torch.equal(found, twice)
-            assert torch.equal(found, thrice)
-            assert_near(found, given.exact, dense, epilogue)
-            assert_near(alone, given.x.double(), dense, epilogue)
+FORMS = [
+    # Columns, then the fields of a configuration; the third is the parts of a unit, or copies of the table.
+    (256, (3, 2, 1, 4, 1, 1)),
+    # Twelve tiles from one of a warp's to its next.
+    (256, (12, 2, 2, 1, 4, 2)),
+    (768, (6, 1, 2, 3, 2, 1)),
+    (768, (12, 1, 4, 2, 4, 1)),
+    (768, (12, 2, 4, 1, 4, 1)),
+    (1024, (6, 1, 4, 2, 2, 2)),
+    (1280, (8, 3, 1, 1, 4, 1)),
+    (5120, (8, 2, 1, 1, 4, 1)),
+    (5120, (12, 2, 1, 1, 4, 2)),
+]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("pattern", ["0.5", "0.7"])
-@pytest.mark.parametrize(
-    ("columns", "tile", "row_warps"),
-    [
-        (256, Tile(1, 1, 1, 3, 2, min_blocks=4, table_copies=4), 1),
-        # Twelve tiles from one of a warp's to its next.
-        (256, Tile(1, 1, 1, 12, 2, min_blocks=1, table_copies=4, cluster=2), 4),
-        (768, Tile(1, 1, 1, 6, 2, stages=1, min_blocks=3, table_copies=4), 2),
-        (768, Tile(1, 1, 1, 12, 2, min_blocks=1, table_copies=8), 4),
-        (1024, Tile(1, 1, 1, 6, 2, stages=1, min_blocks=2, table_copies=4, cluster=2), 2),
-        (1280, Tile(1, 1, 1, 8, 1, stages=3, min_blocks=1, table_copies=4), 4),
-        (5120, Tile(1, 1, 1, 8, 1, min_blocks=1, table_copies=8), 4),
-        (5120, Tile(1, 1, 1, 12, 1, min_blocks=1, table_copies=8, cluster=2), 4),
-    ],
-)
-def test_unstructured_against_float64(
-    columns: int, tile: Tile, row_warps: int, pattern: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    resident = StreamRowProduct.blocks
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "0.5", "0.7"])
+@pytest.mark.parametrize(("columns", "fields"), FORMS, ids=str)
+def test_against_float64(columns: int, fields: tuple[int, ...], pattern: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And bit by bit against the kernels whose results these are."""
+    resident, here = RowProduct.blocks, gpu(0)
     for rows in (3, 16, 40, 1001, 2112):
         packed = make_packed(pattern, (rows, columns), dtype, "cuda", seed=rows)
-        weight, streams = to_streams(packed.tensors["values"], packed.tensors["bitmask"], packed.shape, tile.parts)
+        values, bitmask, streams = packed.tensors["values"], packed.tensors["bitmask"], None
+        if pattern in GROUPS:
+            weight = to_fragments(values, bitmask, packed.shape, GROUPS[pattern])
+            form = row_of(pattern, columns, *fields)  # type: ignore[arg-type]
+        else:
+            weight, streams = to_streams(values, bitmask, packed.shape, unstructured_parts(columns))
+            warps, slots, _, *others = fields
+            form = row_of("unstructured", columns, warps, slots, 4, *others)  # type: ignore[arg-type]
         dense = formats.for_pattern(SparsityPattern.parse(pattern)).unpack(packed).double()
         given = Operands(rows, columns, dtype)
-        here = gpu(0)
-        before, plain = (
-            fit_row(StreamRowProduct(rows, columns, dtype, tile, normed, streams, row_warps), here) for normed in (True, False)
-        )
-        # Its warps add the same units, in the same order.
-        other = fit(MMA_UNSTRUCTURED, replace(tile, warps_k=before.tile.warps_k, table_copies=4, cluster=1), 1, streams.depth, here)
+        before, plain = (fit_row(RowProduct(rows, dtype, replace(form, normed=normed), streams), here) for normed in (True, False))
         # Few blocks, which come round to the same places of sums again and again.
         for most in (3, 1 << 20):
-            monkeypatch.setattr(StreamRowProduct, "blocks", lambda self, here, most=most: min(most, resident(self, here)))
+            monkeypatch.setattr(RowProduct, "blocks", lambda self, here, most=most: min(most, resident(self, here)))
             for epilogue in given.epilogues():
                 added, relu, onto = epilogue
                 options: dict[str, Any] = {"relu": relu, "residual": onto}
@@ -246,15 +206,26 @@ def test_unstructured_against_float64(
                 before(given.x, weight, added, found, norm=given.norm, ahead=ahead_of(weight, 1 << 20), **options)
                 plain(given.normed, weight, added, twice, **options)
                 plain(given.x, weight, added, alone, **options)
-                if before.tile.warps_k == plain.tile.warps_k:
+                if before.form.tile.warps_k == plain.form.tile.warps_k:
                     assert torch.equal(found, twice)
                 assert_near(found, given.exact, dense, epilogue)
                 assert_near(alone, given.x.double(), dense, epilogue)
-                if tile.cluster == 1 and other.warps_k == before.tile.warps_k:
+                if (other := same_sums(before, pattern)) is not None:
+                    source, tile = other
                     expected = run_decode(
-                        lambda *_, other=other: (MMA_UNSTRUCTURED, other), given.normed, weight, added, onto, rows, columns, relu, streams
+                        lambda *_, source=source, tile=tile: (source, tile), given.normed, weight, added, onto, rows, columns, relu, streams
                     )
                     assert torch.equal(found, expected)
+
+
+def same_sums(product: RowProduct, pattern: str) -> tuple[Source, Tile] | None:
+    """A form of the kernels for several rows whose warps add the same units, in the same order, if there is one."""
+    tile = product.form.tile
+    if tile.cluster > 1 or tile.warps_k % (tile.parts if pattern in GROUPS else 1):
+        return None
+    source = MMA.get(pattern, MMA_UNSTRUCTURED)
+    other = fit(source, Tile(1, 1, 1, tile.warps_k, tile.parts, min_blocks=1, table_copies=4), 1, product.depth, gpu(0))
+    return (source, other) if other.warps_k == tile.warps_k else None
 
 
 @pytest.mark.gpu
@@ -266,7 +237,6 @@ def test_unstructured_against_float64(
         {},
         {"hidden_size": 768, "word_embed_proj_dim": 768, "ffn_dim": 3072, "num_attention_heads": 12},
         {"hidden_size": 2560, "word_embed_proj_dim": 2560, "ffn_dim": 10240, "num_attention_heads": 32, "num_hidden_layers": 2},
-        # Rows unit by unit, and what the next product reads asked for.
         {"hidden_size": 5120, "word_embed_proj_dim": 5120, "ffn_dim": 5632, "num_attention_heads": 40, "num_hidden_layers": 1},
     ],
     ids=["256", "768", "2560", "5120"],
@@ -337,19 +307,17 @@ def test_models_that_cannot_have_them() -> None:
 
 @pytest.mark.gpu
 def test_wrong_arguments_are_refused() -> None:
-    product = NmRowProduct(32, 256, torch.bfloat16, USUAL, False, 4)
+    product = RowProduct(32, torch.bfloat16, row_of("2:4", 256, 8, 2, 1, 1, 4, 1))
     weight = torch.zeros(2 * 9 * 32 * 16, dtype=torch.uint8, device="cuda")
     x, y = (torch.zeros(1, n, dtype=torch.bfloat16, device="cuda") for n in (256, 32))
     with pytest.raises(InputError, match="x is"):
         product(y, weight, None, y)
     with pytest.raises(InputError, match="a weight of 4608 bytes"):
         product(x, weight[:4608], None, y)
-    with pytest.raises(InputError, match="asks for nothing"):
-        NmRowProduct(32, 256, torch.bfloat16, USUAL, False, 4, by_unit=True)(x, weight, None, y, ahead=ahead_of(weight, 64))
     with pytest.raises(InputError, match="begin at a multiple of 16"):
         product(torch.zeros(1, 257, dtype=torch.bfloat16, device="cuda")[:, 1:], weight, None, y)
     streams = Streams(torch.zeros(4, dtype=torch.int32, device="cuda"), 21, 2)
-    stream = StreamRowProduct(32, 256, torch.bfloat16, replace(USUAL, parts=2, min_blocks=1), False, streams)
+    stream = RowProduct(32, torch.bfloat16, row_of("unstructured", 256, 8, 2, 4, 1, 4, 1), streams)
     with pytest.raises(InputError, match=r"offsets torch.int32 \(4,\)"):
         stream(x, weight.view(torch.bfloat16), None, y)
     with pytest.raises(InputError, match="words of torch"):

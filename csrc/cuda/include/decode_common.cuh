@@ -6,7 +6,8 @@
 //   N_TILES      n-tiles of 8 activation rows held by every warp: m <= 8 * N_TILES
 //   ROW_TILES    row tiles of 16 held by every warp
 //   WARPS_ROW, WARPS_K   warps of a block along rows and along the columns
-//   PARTS        N:M: warps (1, 2 or 4) that share a unit of 256 columns, divides WARPS_K; unstructured: units are 256 / PARTS columns
+//   PARTS        N:M: warps (1, 2 or 4) that share a unit of 256 columns, divides WARPS_K; unstructured: units are 256 / PARTS columns,
+//                as they are of all patterns where a source has SMALL_UNITS
 //   STAGES       buffers of x in shared memory; unstructured: slots of units per warp
 //   MIN_BLOCKS   blocks that must fit one multiprocessor (bounds the registers)
 //
@@ -23,8 +24,8 @@
 #include "dependent.cuh"
 #include "fragments.cuh"
 
-// Columns that a lane's positions describe together. UNSTRUCTURED is set by the source that includes this file.
-#if UNSTRUCTURED
+// Columns that a warp takes at a time. UNSTRUCTURED and SMALL_UNITS are set by the source that includes this file.
+#if UNSTRUCTURED || SMALL_UNITS
 #define UNIT (256 / PARTS)
 #define ROUND_UNITS WARPS_K
 #else

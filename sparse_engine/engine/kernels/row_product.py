@@ -1,31 +1,22 @@
-"""The product of one activation row, or of its LayerNorm, with a packed weight, one launch.
-
-Each layout of weights has a kernel of its own: a subclass here for 2:4 and 4:8 in fragment order (csrc/cuda/decode_row.cu has the whole row
-in shared memory before its blocks go from row tile to row tile; csrc/cuda/decode_nm.cu brings it unit by unit, for rows so long that the
-products must not wait for all of it), another in :mod:`sparse_engine.engine.kernels.row_stream`.
-"""
+"""The product of one activation row, or of its LayerNorm, with a sparse weight, one launch: csrc/cuda/decode_row_stream.cu."""
 
 from __future__ import annotations
 
-import ctypes
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sparse_engine.backends.cuda_decode import Ahead, RowParams, Streams, kernel_params
-from sparse_engine.backends.cuda_sources import UNIT, Gpu, Tile, macros_of, resident_clusters, row_input_bytes
-from sparse_engine.backends.cuda_tiles import MMA_24, MMA_48
+from sparse_engine.backends.cuda_row_stream import SOURCE, StreamRow
+from sparse_engine.backends.cuda_sources import UNIT, Gpu, resident_clusters
 from sparse_engine.engine.kernels import launching
 from sparse_engine.errors import InputError
 
-__all__ = ["WIDEST_NORM", "NmRowProduct", "RowNorm", "RowProduct"]
+__all__ = ["WIDEST_NORM", "RowNorm", "RowProduct", "fit_row"]
 
 WIDEST_NORM = 8192
 """Columns up to which layernorm.cu, whose results these are, has one vector for each of its threads."""
-_SOURCES = {4: MMA_24, 8: MMA_48}
-_ZERO_BYTES = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,61 +29,58 @@ class RowNorm:
 
 
 @dataclass(frozen=True, slots=True)
-class RowProduct(ABC):
-    """How a weight (``rows``, ``columns``) is multiplied by one row.
+class RowProduct:
+    """How a weight of ``rows`` rows is multiplied by one activation row.
 
     Attributes:
-        tile: of one n-tile, row tile and warp along the rows, without splits; its clusters share a row tile.
-        normed: by the row's LayerNorm.
+        form: how blocks share the work.
+        streams: where the units of an unstructured weight lie, which have as many columns as the form says; None of others.
 
     Raises:
         InputError: there is no such kernel.
     """
 
     rows: int
-    columns: int
     dtype: torch.dtype
-    tile: Tile
-    normed: bool
+    form: StreamRow
+    streams: Streams | None = None
 
     def __post_init__(self) -> None:
-        if self.columns % UNIT or (self.normed and self.columns > WIDEST_NORM):
-            raise InputError(f"a row of {self.columns} columns: they are multiples of {UNIT}, with a LayerNorm up to {WIDEST_NORM}")
+        columns, normed = self.form.columns, self.form.normed
+        if columns % UNIT or (normed and columns > WIDEST_NORM):
+            raise InputError(f"a row of {columns} columns: they are multiples of {UNIT}, with a LayerNorm up to {WIDEST_NORM}")
+        if (self.streams is None) != (self.form.pattern != "unstructured"):
+            raise InputError(f"a weight of pattern {self.form.pattern} {'without' if self.streams is None else 'with'} places of its units")
+        if self.streams is not None and self.streams.parts != self.form.tile.parts:
+            raise InputError(f"units of 256 / {self.streams.parts} columns for a tile of 256 / {self.form.tile.parts}")
 
     @property
-    @abstractmethod
-    def file(self) -> str:
-        """The source, whose function has its name."""
+    def depth(self) -> int:
+        """Words of an unstructured weight's deepest unit."""
+        return self.streams.depth if self.streams is not None else 0
 
-    @abstractmethod
-    def macros(self) -> dict[str, int]:
-        """What the source is compiled with."""
-
-    @abstractmethod
     def shared_bytes(self) -> int:
         """Shared memory of a block."""
-
-    @abstractmethod
-    def _misfit(self, weight: Tensor) -> str | None:
-        """What is wrong with a weight, and what is expected."""
-
-    @property
-    def threads(self) -> int:
-        """Of a block."""
-        return 32 * self.tile.warps_k
+        return self.form.shared_bytes(self.depth)
 
     def blocks(self, here: Gpu) -> int:
         """Clusters of the grid."""
-        return resident_clusters(self.tile, self.rows, self.shared_bytes(), here)
+        return resident_clusters(self.form.tile, self.rows, self.shared_bytes(), here)
 
-    @property
-    def _streams(self) -> Streams | None:
-        """The further parts of an unstructured weight."""
+    def _misfit(self, weight: Tensor) -> str | None:
+        """What is wrong with a weight, and what is expected."""
+        tiles, columns = -(-self.rows // 16), self.form.columns
+        if self.streams is None:
+            nbytes, expected = weight.numel() * weight.element_size(), tiles * (columns // UNIT) * 9 * 32 * 16
+            fits = nbytes == expected and weight.is_contiguous()
+            return None if fits else f"a weight of {nbytes} bytes; {expected} are expected, without gaps"
+        offsets, count = self.streams.offsets, tiles * (columns * self.streams.parts // UNIT) + 1
+        if weight.dtype is not self.dtype or not weight.is_contiguous():
+            return f"words of {weight.dtype}; contiguous ones of {self.dtype} are expected"
+        if offsets.shape != (count,) or offsets.dtype is not torch.int32 or offsets.device != weight.device or not offsets.is_contiguous():
+            found = f"offsets {offsets.dtype} {tuple(offsets.shape)} on {offsets.device}"
+            return f"{found}; contiguous int32 ({count},) beside the weight are expected"
         return None
-
-    def _argument(self, params: RowParams) -> ctypes.Structure:
-        """The kernel's."""
-        return params
 
     def __call__(
         self,
@@ -114,81 +102,48 @@ class RowProduct(ABC):
             InputError: shapes, types or devices do not fit.
             KernelUnavailableError: the kernel cannot be compiled or launched.
         """
-        shapes: list[tuple[str, Tensor, tuple[int, ...]]] = [("x", x, (1, self.columns)), ("y", y, (1, self.rows))]
+        columns = self.form.columns
+        shapes: list[tuple[str, Tensor, tuple[int, ...]]] = [("x", x, (1, columns)), ("y", y, (1, self.rows))]
         shapes += [("the bias", bias, (self.rows,))] if bias is not None else []
         shapes += [("the residual", residual, (1, self.rows))] if residual is not None else []
         if norm is not None:
-            shapes += [("the LayerNorm's scale", norm.scale, (self.columns,)), ("its shift", norm.shift, (self.columns,))]
+            shapes += [("the LayerNorm's scale", norm.scale, (columns,)), ("its shift", norm.shift, (columns,))]
         for name, tensor, shape in shapes:
             launching.check(name, tensor, shape, self.dtype, weight.device)
-        if (norm is not None) != self.normed:
-            raise InputError(f"the product takes {'a' if self.normed else 'no'} LayerNorm")
+        if (norm is not None) != self.form.normed:
+            raise InputError(f"the product takes {'a' if self.form.normed else 'no'} LayerNorm")
         if (wrong := self._misfit(weight)) is not None:
             raise InputError(wrong)
         read = (x, weight, *((norm.scale, norm.shift) if norm is not None else ()))
         if any(tensor.data_ptr() % 16 for tensor in read):
             raise InputError("a row, its weight or its LayerNorm does not begin at a multiple of 16 bytes")
-        params = RowParams(
-            kernel_params(x, weight, bias, residual, y, self.columns // UNIT, relu, self._streams),
-            norm.scale.data_ptr() if norm is not None else None,
-            norm.shift.data_ptr() if norm is not None else None,
-            norm.eps if norm is not None else 0.0,
-            ahead or Ahead(),
-        )
+        cluster = self.form.tile.cluster
         launching.run(
-            self.file,
-            self.file.removesuffix(".cu"),
-            self.macros(),
-            (self.blocks(launching.gpu(weight.device.index)), self.tile.cluster),
-            self.threads,
-            self._argument(params),
+            SOURCE,
+            SOURCE.removesuffix(".cu"),
+            self.form.macros(self.dtype),
+            (self.blocks(launching.gpu(weight.device.index)), cluster),
+            self.form.threads,
+            RowParams(
+                kernel_params(x, weight, bias, residual, y, columns // UNIT, relu, self.streams),
+                norm.scale.data_ptr() if norm is not None else None,
+                norm.shift.data_ptr() if norm is not None else None,
+                norm.eps if norm is not None else 0.0,
+                ahead or Ahead(),
+            ),
             weight.device,
-            cluster=self.tile.cluster,
+            cluster=cluster,
             shared_bytes=self.shared_bytes(),
         )
 
 
-@dataclass(frozen=True, slots=True)
-class NmRowProduct(RowProduct):
-    """The product with a 2:4 or 4:8 weight in fragment order.
+def fit_row(product: RowProduct, here: Gpu) -> RowProduct:
+    """``product`` with as many copies of the table and as many warps as shared memory allows beside units as deep as its weight's.
 
-    Attributes:
-        group: 4 of a 2:4 pattern or 8 of 4:8.
-        by_unit: through decode_nm.cu, which neither has LayerNorms nor asks for what the next launch reads.
+    Raises:
+        InputError: not even one warp is allowed.
     """
-
-    group: int
-    by_unit: bool = False
-
-    def __post_init__(self) -> None:
-        RowProduct.__post_init__(self)
-        if self.normed and self.by_unit:
-            raise InputError("a LayerNorm of a row that comes unit by unit")
-
-    @property
-    def file(self) -> str:
-        return "decode_nm.cu" if self.by_unit else "decode_row.cu"
-
-    def macros(self) -> dict[str, int]:
-        own = {} if self.by_unit else {"COLS": self.columns, "NORMED": int(self.normed)}
-        return {**dict(macros_of(_SOURCES[self.group], self.tile, self.dtype)), **own}
-
-    def shared_bytes(self) -> int:
-        """Zeros, the row, with a LayerNorm its shifts and moments; sums of two tiles; what is added to them."""
-        if self.by_unit:
-            return _SOURCES[self.group].shared_bytes(self.tile, 1, 0)
-        sums = 8 * self.tile.warps_k * (self.tile.block_rows + 4)
-        return _ZERO_BYTES + row_input_bytes(self.columns, normed=self.normed) + sums + 4 * self.tile.block_rows
-
-    def _misfit(self, weight: Tensor) -> str | None:
-        nbytes, expected = weight.numel() * weight.element_size(), -(-self.rows // 16) * (self.columns // UNIT) * 9 * 32 * 16
-        fits = nbytes == expected and weight.is_contiguous()
-        return None if fits else f"a weight of {nbytes} bytes; {expected} are expected, without gaps"
-
-    def blocks(self, here: Gpu) -> int:
-        return -(-self.rows // self.tile.block_rows) if self.by_unit else RowProduct.blocks(self, here)
-
-    def _argument(self, params: RowParams) -> ctypes.Structure:
-        if self.by_unit and params.ahead.bytes:
-            raise InputError("decode_nm.cu asks for nothing of what the next launch reads")
-        return params.product if self.by_unit else params
+    if (fitted := product.form.fitted(product.depth, here)) is None:
+        kind = f"a row of {product.form.columns} columns with units of {product.depth} words"
+        raise InputError(f"{kind}: they need more than the {here.shared_limit} bytes of shared memory that the GPU has for a block")
+    return replace(product, form=fitted)
