@@ -1,4 +1,4 @@
-// y = x · Wᵀ for sparse weights and up to eight activation rows x, or the LayerNorm of a single one: what decode_unstructured.cu and
+// y = x · Wᵀ for sparse weights and up to sixteen activation rows x, or the LayerNorm of a single one: what decode_unstructured.cu and
 // decode_nm.cu compute, but no warp waits for another, and no kernel before it need normalise the row while memory has nothing to do.
 //
 //   block of WARPS_K warps and ROW_WARPS more:  row tiles of 16 weight rows b, b + B, b + 2B ... of all B blocks
@@ -42,9 +42,11 @@ __device__ __forceinline__ u32 own_table(u32) { return 0; }
 #if N_TILES != 1 || ROW_TILES != 1 || WARPS_ROW != 1
 #error "decode_row_stream takes few activation rows, and a row tile at a time"
 #endif
-#if X_ROWS > 8 || (NORMED && X_ROWS > 1)
-#error "decode_row_stream takes eight activation rows at most, and the LayerNorm of one"
+#if X_ROWS > 16 || (NORMED && X_ROWS > 1)
+#error "decode_row_stream takes sixteen activation rows at most, and the LayerNorm of one"
 #endif
+// Fragments of eight activation rows.
+#define X_TILES ((X_ROWS + 7) / 8)
 
 #define UNITS (COLS / UNIT)
 #define CHAINS 2
@@ -148,25 +150,29 @@ __device__ __forceinline__ float* sums_of(unsigned char* smem, u32 turn) {
 
 // One warp of the cluster's first block: y from the sums of all its tiles.
 __device__ __forceinline__ void add_up(const Params& p, unsigned char* smem, int tiles) {
-  const int lane = threadIdx.x & 31, n = lane / 4, m = activation_rows(p);
+  const int lane = threadIdx.x & 31, m = activation_rows(p);
   const u32 base = shared_address(smem);
   u32 turn = 0;
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, ++turn) {
     const int row = tile * 16 + lane % 4 * 4;
-    const bool adds = n < m;
-    Addend add = {};
-    if (adds && p.y_vector) add = load_addend(p, n, row);
+    Addend add[X_TILES] = {};
+#pragma unroll
+    for (int t = 0; t < X_TILES; ++t)
+      if (t * 8 + lane / 4 < m && p.y_vector) add[t] = load_addend(p, t * 8 + lane / 4, row);
 #if CLUSTER > 1
     if (lane == 0) barrier_expect(full_barrier(base, turn), SHARES * 64 * m);
 #endif
     barrier_wait(full_barrier(base, turn), ring_parity(turn));
-    float4 sum = make_float4(0, 0, 0, 0);
-    if (adds) {
+    float4 sums[X_TILES] = {};
+#pragma unroll
+    for (int t = 0; t < X_TILES; ++t) {
+      const int n = t * 8 + lane / 4;
+      if (n >= m) continue;
       const float4* red = (const float4*)(sums_of(smem, turn) + n * RED_PITCH) + lane % 4;
-      sum = red[0];
+      sums[t] = red[0];
 #pragma unroll
       for (int k = 1; k < SHARES; ++k)
-        add_four(sum, red[k * (SHARE_PITCH / 4)]);
+        add_four(sums[t], red[k * (SHARE_PITCH / 4)]);
     }
     __syncwarp();
     if (lane == 0) {
@@ -177,11 +183,15 @@ __device__ __forceinline__ void add_up(const Params& p, unsigned char* smem, int
         barrier_arrive_in(empty_barrier(base, turn), rank);
 #endif
     }
-    if (!adds) continue;
-    if (p.y_vector)
-      store_vector(p, n, row, sum, add);
-    else
-      store_four(p, n, row, sum);
+#pragma unroll
+    for (int t = 0; t < X_TILES; ++t) {
+      const int n = t * 8 + lane / 4;
+      if (n >= m) continue;
+      if (p.y_vector)
+        store_vector(p, n, row, sums[t], add[t]);
+      else
+        store_four(p, n, row, sums[t]);
+    }
   }
 }
 
@@ -274,29 +284,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_row_str
   const int m = activation_rows(p);
   // What a fragment holds of activation rows that there are not reaches no sum that is stored: the last one again, or nothing.
 #if PATTERN == 24
-  const u32 x_lane = base + AT_ROW + min(lane % 8, m - 1) * ROW_PITCH + lane / 8 * 16;
+  const u32 x_lane = base + AT_ROW + lane / 8 * 16;
 #else
-  const bool live = lane / 4 < m;
   const u32 x_lane = base + AT_ROW + lane / 4 * ROW_PITCH + lane % 4 * 16;
 #endif
-  float acc[CHAINS][4] = {};
+  float acc[CHAINS][X_TILES][4] = {};
   int first = place.column; // unit of the tile that the warp began with
   const auto multiply = [&](int s, const u32(&a)[OPERAND_WORDS]) {
     const int column = OWN_COLUMNS ? place.column / ALL_WARPS * WARPS_K + warp : place.column;
     const u32 at = x_lane + column * (UNIT * 2) + s * 64;
-    u32 b[4] = {};
+#pragma unroll
+    for (int t = 0; t < X_TILES; ++t) {
+      float(&d)[4] = acc[s % CHAINS][t];
+      u32 b[4] = {};
 #if PATTERN == 24
-    ldmatrix_x4(at, b);
-    const uint4 kept = make_uint4(a[0], a[1], a[2], a[3]);
-    if (s % 2 == 0)
-      mma_sparse<0>(acc[s % CHAINS], kept, b, a[4]);
-    else
-      mma_sparse<1>(acc[s % CHAINS], kept, b, a[4]);
+      ldmatrix_x4(at + min(t * 8 + lane % 8, m - 1) * ROW_PITCH, b);
+      const uint4 kept = make_uint4(a[0], a[1], a[2], a[3]);
+      if (s % 2 == 0)
+        mma_sparse<0>(d, kept, b, a[4]);
+      else
+        mma_sparse<1>(d, kept, b, a[4]);
 #else
-    load_shared_x4_if(at, live, b);
-    mma_dense(acc[s % CHAINS], a[0], a[1], a[2], a[3], b[0], b[1]);
-    mma_dense(acc[s % CHAINS], a[4], a[5], a[6], a[7], b[2], b[3]);
+      load_shared_x4_if(at + t * 8 * ROW_PITCH, t * 8 + lane / 4 < m, b);
+      mma_dense(d, a[0], a[1], a[2], a[3], b[0], b[1]);
+      mma_dense(d, a[4], a[5], a[6], a[7], b[2], b[3]);
 #endif
+    }
   };
   const auto pass = [&] {
     const u32 turn = place.turn;
@@ -306,24 +319,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_row_str
     if (turn >= RING) barrier_wait(empty_barrier(base, turn), ring_parity(turn - RING));
     float* share = sums_of(smem, turn) + first * SHARE_PITCH + lane / 4;
 #pragma unroll
-    for (int i = 0; i < (X_ROWS > 1 ? 2 : 1); ++i) {
-      const int n = lane % 4 * 2 + i;
-      float upper = acc[0][i], lower = acc[0][2 + i];
+    for (int t = 0; t < X_TILES; ++t)
 #pragma unroll
-      for (int chain = 1; chain < CHAINS; ++chain) {
-        upper += acc[chain][i];
-        lower += acc[chain][2 + i];
-      }
-      if (n >= m) continue;
+      for (int i = 0; i < (X_ROWS > 1 ? 2 : 1); ++i) {
+        const int n = t * 8 + lane % 4 * 2 + i;
+        float upper = acc[0][t][i], lower = acc[0][t][2 + i];
+#pragma unroll
+        for (int chain = 1; chain < CHAINS; ++chain) {
+          upper += acc[chain][t][i];
+          lower += acc[chain][t][2 + i];
+        }
+        if (n >= m) continue;
 #if CLUSTER > 1
-      u64* full = (u64*)(smem + AT_BARRIERS) + turn % RING * 2;
-      gather_store(full, share + n * RED_PITCH, __float_as_uint(upper));
-      gather_store(full, share + n * RED_PITCH + 8, __float_as_uint(lower));
+        u64* full = (u64*)(smem + AT_BARRIERS) + turn % RING * 2;
+        gather_store(full, share + n * RED_PITCH, __float_as_uint(upper));
+        gather_store(full, share + n * RED_PITCH + 8, __float_as_uint(lower));
 #else
-      share[n * RED_PITCH] = upper;
-      share[n * RED_PITCH + 8] = lower;
+        share[n * RED_PITCH] = upper;
+        share[n * RED_PITCH + 8] = lower;
 #endif
-    }
+      }
 #if CLUSTER == 1
     __syncwarp();
     if (lane == 0) barrier_arrive(full_barrier(base, turn));
@@ -331,8 +346,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_row_str
 #pragma unroll
     for (int chain = 0; chain < CHAINS; ++chain)
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        acc[chain][i] = 0;
+      for (int i = 0; i < 4 * X_TILES; ++i)
+        acc[chain][i / 4][i % 4] = 0;
     place.settle();
     first = place.column;
   };

@@ -1,4 +1,4 @@
-"""The product of one to eight activation rows with a sparse weight on Hopper: csrc/cuda/decode_row_stream.cu.
+"""The product of one to sixteen activation rows with a sparse weight on Hopper: csrc/cuda/decode_row_stream.cu.
 
 A configuration, as tuning tables hold it, is the source's file, a block's warps that multiply, the slots of each, copies of the table (of
 2:4 and 4:8, which need none: the parts of a unit of 256 columns), blocks on a multiprocessor, warps that bring the rows, and blocks of a
@@ -34,8 +34,8 @@ __all__ = ["MOST_ROWS", "SOURCE", "StreamRow", "parse_row", "row_of", "run_rows"
 
 SOURCE = "decode_row_stream.cu"
 _FUNCTION = SOURCE.removesuffix(".cu")
-MOST_ROWS = 8
-"""Activation rows of a fragment of the tensor cores."""
+MOST_ROWS = 16
+"""Activation rows of two fragments of the tensor cores."""
 _LARGEST_CLUSTER = 4
 _PATTERN_MACRO = {"2:4": 24, "4:8": 48, "unstructured": 0}
 

@@ -188,6 +188,7 @@ def _warpgroup_columns(m: int) -> int:
 def _tiles(pattern: str, rows: int, columns: int, m: int, here: Gpu) -> Iterator[tuple[Source, Tile]]:
     """Sources and tiles worth measuring, the likely ones first."""
     many = (m >= 16 and rows * columns > _SMALL) or (m >= 32 and rows * columns > _TINY)
+    many = many or (pattern == "unstructured" and m > 4 and rows * columns >= _LARGE)
     for source in sources(pattern, here)[:: -1 if many else 1]:
         if isinstance(source, StreamedSource):
             if m > 4 and rows * columns >= _LARGE:

@@ -41,15 +41,22 @@ class Span(NamedTuple):
     end: float
 
 
+_NORMS_INSIDE = "decode_row_stream"
+"""The kernel that may take its row's LayerNorm."""
+
+
 def roles(names: Iterable[str]) -> list[str]:
     """What each kernel of a step does, told by its place between the LayerNorms and the attention that every layer has."""
     found: list[str] = []
-    role, norms = "embedding", 0
+    role, norms, names = "embedding", 0, list(names)
+    products = [i for i, name in enumerate(names) if name.startswith(_NORMS_INSIDE)]
+    # A step whose products take LayerNorms themselves has one of its own behind the last layer only.
+    inside = bool(products) and not any(name.startswith("layer_norm") for name in names[: products[-1]])
     for name in names:
         known = next((whole for start, whole in _WHOLE_OF.items() if name.startswith(start)), None)
         if known is not None:
             role = known
-        elif name.startswith("decode_row"):
+        elif inside and name.startswith(_NORMS_INSIDE):
             # With a LayerNorm behind a product onto the state, without one behind attention and behind the network's first product.
             if role not in ("attention", _FIRST):
                 norms += 1

@@ -49,20 +49,18 @@ _FORMS = {
 """What the variable may ask for beside: its name in sentences, and what makes it."""
 
 _FASTEST: dict[int, dict[int, str]] = {
-    4: {768: "half-layers", 2048: "rows", 2560: "rows", 4096: "rows", 5120: "rows"},
-    8: {768: "rows", 2048: "rows", 2560: "rows", 4096: "rows", 5120: "rows"},
+    4: {768: "half-layers", 2048: "rows", 2560: "rows", 4096: "rows", 5120: "rows", 7168: "rows"},
+    8: {768: "rows", 2048: "rows", 2560: "rows", 4096: "rows", 5120: "rows", 7168: "rows"},
     0: {768: "rows", 2048: "rows", 2560: "rows", 4096: "rows", 5120: "rows"},
 }
 """By the pattern's group (0: unstructured), then by the model's width, the form of a single row that was measured to be the fastest;
 kernels elsewhere.
 
-In ms behind a prompt of 512 tokens, on an H200: half-layers and kernels 0.137 and 0.162 (125M, 2:4), 0.170 and 0.246 (125M, 4:8), 0.696
-and 0.623 (1.3B, 2:4); rows and kernels, 2:4: 0.571 and 0.629 (1.3B), 1.199 and 1.255 (2.7B), 2.012 and 2.066 (6.7B), 3.77 and 3.94 (13B);
-4:8: 0.721 and 0.762, 1.418 and 1.423, 2.128 and 2.267, 4.31 and 4.10; half of the weights, unstructured: 0.149 and 0.233 (125M), 0.683 and
-0.824 (1.3B), 1.379 and 1.658 (2.7B), 2.352 and 2.547 (6.7B), 4.32 and 5.00 (13B); 0.3 of them pruned: 0.161 and 0.231 (125M), 0.761 and
-0.879 (1.3B), 2.97 and 3.05 (6.7B); 0.9: 0.606 and 0.848 (1.3B). One kernel and kernels 0.627 and 0.623 (1.3B, 2:4), 0.783 and 0.695 (1.3B,
-4:8), 5.48 and 3.90 (13B, 2:4); on an H100 0.214 and 0.201 (125M, 2:4), 0.276 and 0.250 (125M, 4:8), 3.12 and 3.07 (6.7B, 2:4), 3.4 and
-3.26 (6.7B, 4:8).
+In ms behind a prompt of 512 tokens, on an H200, rows and kernels: 2:4 0.139 and 0.155 (125M), 0.539 and 0.574 (1.3B), 1.07 and 1.14 (2.7B),
+1.90 and 1.94 (6.7B), 3.52 and 3.67 (13B), 7.91 and 8.11 (30B); 4:8 0.150 and 0.169, 0.612 and 0.680, 1.23 and 1.28, 2.05 and 2.15, 3.87
+and 3.96, 8.47 and 8.64; half of the weights, unstructured, 0.147 and 0.162, 0.678 and 0.703, 1.387 and 1.388, 2.33 and 2.39, 4.23 and 4.36.
+Half-layers 0.135 (125M, 2:4), 0.160 (125M, 4:8), 0.696 (1.3B, 2:4). One kernel 0.627 (1.3B, 2:4), 0.783 (1.3B, 4:8), 5.48 (13B, 2:4); on
+an H100 0.214 (125M, 2:4), 3.12 (6.7B, 2:4).
 """
 
 KEPT_CACHES = 2

@@ -22,7 +22,15 @@ PATTERNS = ("2:4", "4:8", "unstructured")
 ROW_CONFIGS = [
     (pattern, shape, m, config)
     for pattern in PATTERNS
-    for shape, m in [((768, 768), 1), ((2304, 768), 2), ((4096, 1024), 1), ((768, 3072), 8), ((5120, 20480), 1), ((4096, 16384), 4)]
+    for shape, m in [
+        ((768, 768), 1),
+        ((2304, 768), 2),
+        ((4096, 1024), 1),
+        ((768, 3072), 8),
+        ((4096, 4096), 16),
+        ((5120, 20480), 1),
+        ((4096, 16384), 4),
+    ]
     for config in cuda_row_forms.configs(problem_of(pattern, shape, m), H200)
 ]
 
@@ -40,15 +48,15 @@ def test_forms_of_few_rows_compile_within_their_registers(
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("shape", ROW_SHAPES, ids=str)
 def test_forms_of_few_rows_fit_the_gpu(shape: tuple[int, int], pattern: str) -> None:
-    for m in (1, 2, 3, 8):
+    for m in (1, 2, 3, 8, 16):
         problem = problem_of(pattern, shape, m)
         configs = cuda_row_forms.configs(problem, H200)
         # The longest rows leave no room for eight of them beside enough warps.
-        assert (1 if m > 1 and shape[1] < 16384 else 3 if m == 1 else 0) <= len(configs) <= 12
+        assert (3 if m == 1 else 1 if shape[1] < 16384 else 0) <= len(configs) <= 12
         for config in configs:
             row = cuda_row_stream.parse_row(pattern, config, shape[1], m, H200) or pytest.fail(f"{config} is not understood")
             assert row.config == config
-            assert row.x_rows >= m
+            assert m <= row.x_rows < 2 * m
             assert row.equal_shares
             assert row.shared_bytes(cuda_tiles.TYPICAL_DEPTH // row.tile.parts) <= H200.shared_limit
             assert row.threads <= 1024
@@ -56,7 +64,7 @@ def test_forms_of_few_rows_fit_the_gpu(shape: tuple[int, int], pattern: str) -> 
             assert cuda_tiles.parse(pattern, config) is None
         assert not cuda_row_forms.configs(problem, A100)
         assert not cuda_row_forms.configs(replace(problem, in_features=shape[1] + 128), H200)
-    assert not cuda_row_forms.configs(problem_of(pattern, shape, 9), H200)
+    assert not cuda_row_forms.configs(problem_of(pattern, shape, 17), H200)
 
 
 def test_a_single_row_runs_as_the_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,6 +141,7 @@ ODD = {
     1: [(2, 1, 4, 2, 1, 1), (3, 3, 4, 1, 2, 2), (12, 2, 4, 1, 4, 2)],
     4: [(3, 1, 4, 2, 1, 1), (1, 3, 4, 1, 2, 2)],
     8: [(3, 2, 4, 2, 1, 1), (1, 2, 4, 1, 1, 4)],
+    16: [(3, 2, 4, 1, 1, 1), (1, 1, 4, 1, 4, 4)],
 }
 
 
@@ -156,7 +165,7 @@ def test_few_rows_match_fp64(pattern: str, shape: tuple[int, int], dtype: torch.
     rows, columns = shape
     bias = torch.randn(rows, device="cuda", dtype=dtype)
     here, ran = cuda_tiles.current_gpu(), 0
-    for m, capacity in ((1, 1), (2, 2), (3, 4), (4, 4), (7, 8), (8, 8)):
+    for m, capacity in ((1, 1), (2, 2), (3, 4), (4, 4), (7, 8), (8, 8), (9, 16), (16, 16)):
         wide, long = torch.randn(m, 2 * columns + 8, device="cuda", dtype=dtype), torch.randn(m * (rows + 1), device="cuda", dtype=dtype)
         offered = cuda_row_forms.configs(registry.Problem.of(packed, m), here)
         assert offered or m > 1
@@ -213,7 +222,7 @@ def test_single_rows_in_a_graph_without_anything_between(config: tuple[int, ...]
     chain()
     kernel.run(x.expand(2, size), layout, None, packed.pattern)
     # What more rows need is not what this kernel has.
-    kernel.run(x.expand(9, size), layout, None, packed.pattern)
+    kernel.run(x.expand(17, size), layout, None, packed.pattern)
     assert asked == [1, 1, 1, 1, 1, 2]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -562,10 +562,15 @@ def test_a_budget_charges_each_part_with_what_it_puts_off_the_end() -> None:
         budget(spans[1:])
 
 
-@pytest.mark.parametrize("onto", ["decode_row", "decode_nm"])
-def test_products_with_their_layer_norms_are_told_apart(onto: str) -> None:
-    layer = ["decode_row", "attention_decode", onto, "decode_row", onto]
+def test_products_with_their_layer_norms_are_told_apart() -> None:
+    product = "decode_row_stream"
+    layer = [product, "attention_decode", product, product, product]
     of_layer = ["LayerNorm and qkv product", "attention", "out product", "LayerNorm and fc1 product", "fc2 product"]
+    found = roles(["embed", *layer, *layer, "layer_norm", "nvjet_head", "greedy"])
+    assert found == ["embedding", *of_layer, *of_layer, "LayerNorm", "head", "choice of the token"]
+    # The same kernel without them.
+    layer = ["layer_norm", product, "attention_decode", product, "layer_norm", product, product]
+    of_layer = ["LayerNorm", "qkv product", "attention", "out product", "LayerNorm", *["fc1 and fc2 products"] * 2]
     found = roles(["embed", *layer, *layer, "layer_norm", "nvjet_head", "greedy"])
     assert found == ["embedding", *of_layer, *of_layer, "LayerNorm", "head", "choice of the token"]
 

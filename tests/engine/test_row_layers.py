@@ -187,7 +187,7 @@ def test_against_float64(columns: int, fields: tuple[int, ...], pattern: str, dt
         packed = make_packed(pattern, (rows, columns), dtype, "cuda", seed=rows)
         values, bitmask, streams = packed.tensors["values"], packed.tensors["bitmask"], None
         if pattern in GROUPS:
-            weight = to_fragments(values, bitmask, packed.shape, GROUPS[pattern])
+            weight = to_fragments(values, bitmask, packed.shape, GROUPS[pattern]).view(dtype)
             form = row_of(pattern, columns, *fields)  # type: ignore[arg-type]
         else:
             weight, streams = to_streams(values, bitmask, packed.shape, unstructured_parts(columns))
