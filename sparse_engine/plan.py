@@ -55,7 +55,7 @@ def kernels_for(problem: Problem, backend: str | None = None, policy: Policy = U
             dense.append({})
             able.append({})
         else:
-            table.append(_as_good(verdicts, rows, policy))
+            table.append(_as_good(verdicts, rows, once=policy.holds_once(asked)))
             able.append(_rivals(verdicts))
             limit = max(map(_time, table[-1].values()))
             dense.append({} if policy.forbids(asked) else {v.kernel: v for v in _measured_dense(verdicts) if _time(v) <= limit})
@@ -81,16 +81,16 @@ def _measured_dense(verdicts: Sequence[Verdict]) -> list[Verdict]:
     return [v for v in verdicts if registry.get(v.kernel).keeps_dense and v.source not in (None, ESTIMATE)]
 
 
-def _as_good(verdicts: Sequence[Verdict], rows: int, policy: Policy) -> dict[str, Verdict]:
+def _as_good(verdicts: Sequence[Verdict], rows: int, *, once: bool) -> dict[str, Verdict]:
     """The able kernels that may stand in for the chosen one, which is first; an estimate is no rival for a measured time.
 
-    None of them is slower than the dense product by more than the chosen one may be, unless each weight is to be held once.
+    None of them is slower than the dense product by more than the chosen one may be, unless the weight is to be held ``once``.
     """
     best = verdicts[0]
     limit = (SLACK if rows <= DECODE_ROWS else PROMPT_GAIN) * _time(best)
     if dense := _measured_dense(verdicts):
         limit = min(limit, max(_time(best), dense_gain(rows) * min(map(_time, dense))))
-    if policy.holds_once:
+    if once:
         limit = math.inf
     return {name: v for name, v in _rivals(verdicts).items() if _time(v) <= limit}
 

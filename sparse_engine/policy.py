@@ -1,7 +1,9 @@
-"""Whether layers may keep a dense copy of their weight for the numbers of rows where the dense product is faster than every packed one.
+"""Whether layers may keep a dense copy of their weight for the numbers of rows where the dense product is faster than every packed one,
+or the weight in two packed layouts.
 
-A dense copy takes 16/9 of the packed bytes, which gives up the memory that packing saved. So it is made only where measured times
-say that it pays, and by default only while at least half of the device's memory stays free for activations, caches and other models.
+A dense copy takes 16/9 of the packed bytes, which gives up the memory that packing saved; a second layout as much as the first. So they
+are made only where measured times say that it pays, and by default only while at least half of the device's memory stays free for
+activations, caches and other models.
 """
 
 from __future__ import annotations
@@ -32,16 +34,15 @@ class Policy:
     """Where a dense copy is allowed.
 
     ``dense`` is "never", and then no weight is held in two layouts either; "always", wherever the dense product is measurably faster; or
-    "auto", which is "always" as long as the copy fits into ``room`` bytes.
+    "auto", which is "always" as long as the copy, or a second layout, fits into ``room`` bytes.
     """
 
     dense: Dense = "auto"
     room: float = math.inf
 
-    @property
-    def holds_once(self) -> bool:
-        """Whether a weight stays in one layout, however much faster another kernel's would make some products."""
-        return self.dense == "never"
+    def holds_once(self, problem: Problem) -> bool:
+        """Whether the weight stays in one layout, however much faster another kernel's would make some products."""
+        return self.dense == "never" or (self.dense == "auto" and problem.packed_nbytes > self.room)
 
     @classmethod
     def here(cls, device: torch.device, dense: str | None = None) -> Policy:

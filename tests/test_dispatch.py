@@ -276,12 +276,27 @@ def test_layers_that_share_a_weight_have_no_kernel_whose_layout_cannot_be_cut(mo
 
 
 @pytest.mark.usefixtures("table")
-def test_a_weight_is_held_once_where_copies_are_never_allowed() -> None:
+def test_a_weight_is_held_once_where_copies_are_never_allowed_or_have_no_room() -> None:
     for rows in ROW_BUCKETS:
         measure(rows, packed=10.0, other=30.0, dense=20.0)
     measure(512, packed=50.0, other=10.0)
-    assert {step.kernel.name for step in kernels_for(PROBLEM)} == {"packed", "other"}
-    assert {step.kernel.name for step in kernels_for(PROBLEM, policy=Policy("never"))} == {"packed"}
+    for policy in (Policy(), Policy("auto", PROBLEM.packed_nbytes), Policy("always", 0.0)):
+        assert {step.kernel.name for step in kernels_for(PROBLEM, policy=policy)} == {"packed", "other"}
+    for policy in (Policy("never"), Policy("auto", PROBLEM.packed_nbytes - 1), Policy("auto", -1e9)):
+        assert {step.kernel.name for step in kernels_for(PROBLEM, policy=policy)} == {"packed"}
+
+
+@pytest.mark.usefixtures("table")
+def test_a_time_of_the_other_type_is_no_time_where_types_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = replace(PROBLEM, dtype=torch.float16)
+    kernels = registry.all_kernels()
+    for name in ("packed", "other"):
+        monkeypatch.setattr(type(kernels[name]), "dtypes", frozenset({BF16, torch.float16}))
+    measure(1, packed=10.0, other=5.0)
+    assert registry.select(half).name == "other"
+    monkeypatch.setattr(type(kernels["other"]), "types_alike", False)
+    assert registry.select(half).name == "packed"
+    assert registry.select(PROBLEM).name == "other"
 
 
 @pytest.mark.usefixtures("table")
