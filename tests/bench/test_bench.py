@@ -395,7 +395,9 @@ def gpu_in_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Problem, "of", lambda packed, rows, device=None: replace(of(packed, rows, device), gpu="Test GPU"))
     for module in (bench_tune, linear_gpu):
         monkeypatch.setattr(module, "Replay", CalledReplay)
-        monkeypatch.setattr(module, "copies_of", lambda layout, device: [dict(layout), {n: t.clone() for n, t in layout.items()}])
+        monkeypatch.setattr(
+            module, "copies_of", lambda layout, device, caches=None: [dict(layout), {n: t.clone() for n, t in layout.items()}]
+        )
     monkeypatch.setattr(linear_gpu, "read_products", lambda data, blocks: [d.sum for d in data])
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
