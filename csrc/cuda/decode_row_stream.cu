@@ -295,7 +295,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_row_str
     const u32 at = x_lane + column * (UNIT * 2) + s * 64;
 #pragma unroll
     for (int t = 0; t < X_TILES; ++t) {
-      float(&d)[4] = acc[s % CHAINS][t];
+      float (&d)[4] = acc[s % CHAINS][t];
       u32 b[4] = {};
 #if PATTERN == 24
       ldmatrix_x4(at + min(t * 8 + lane % 8, m - 1) * ROW_PITCH, b);
