@@ -1,8 +1,8 @@
 """2:4 and 4:8 weights on NVIDIA GPUs, few activation rows: weights in fragment order, streamed once through tensor cores.
 
-The kernels are csrc/cuda/decode_nm.cu and, for more rows on Hopper, decode_wgmma.cu. 2:4 uses sparse tensor-core
-instructions (Mishra et al. 2021, "Accelerating Sparse Deep Neural Networks", section 4), 4:8 expands
-in registers from its mask into dense ones. What runs more rows than a kernel takes is chosen by the package cuda_prefill.
+The kernels are csrc/cuda/decode_nm.cu and, on Hopper, decode_row_stream.cu for few rows and decode_wgmma.cu for more. 2:4 uses sparse
+tensor-core instructions (Mishra et al. 2021, "Accelerating Sparse Deep Neural Networks", section 4), 4:8 expands in registers from its
+mask into dense ones. What runs more rows than a kernel takes is chosen by the package cuda_prefill.
 """
 
 from __future__ import annotations

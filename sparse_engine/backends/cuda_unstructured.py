@@ -1,8 +1,7 @@
 """Unstructured weights on NVIDIA GPUs, few activation rows: every lane of a warp expands its own stream of values from its mask.
 
-The kernels are csrc/cuda/decode_unstructured.cu and, on Hopper, decode_row_unstructured.cu for a single row and decode_wgmma.cu for more
-rows; paired.cuh describes the layout.
-What runs more rows than a kernel takes is chosen by the package cuda_prefill.
+The kernels are csrc/cuda/decode_unstructured.cu and, on Hopper, decode_row_stream.cu for few rows and decode_wgmma.cu for more; paired.cuh
+describes the layout. What runs more rows than a kernel takes is chosen by the package cuda_prefill.
 """
 
 from __future__ import annotations
