@@ -130,14 +130,19 @@ def _nm_candidates(pattern: str, rows: int, columns: int, here: Gpu) -> Iterator
         yield row_of(pattern, columns, *fields)
 
 
-def _several_candidates(pattern: str, columns: int) -> Iterator[StreamRow]:
-    """For two to sixteen activation rows, of whose columns each block of a cluster holds a part only."""
+def _several_candidates(pattern: str, columns: int, m: int) -> Iterator[StreamRow]:
+    """For two to sixteen activation rows, of whose columns each block of a cluster holds a part only.
+
+    Two blocks on a multiprocessor have no registers for more than eight rows.
+    """
     own = 8 if pattern == "unstructured" else 1
     found = [(8, 2, own, 1, 4, 1), (12, 2, own, 1, 4, 1)]
     if pattern != "unstructured":
-        found += [(8, 3, own, 1, 4, 1), (8, 2, own, 2, 2, 1)]
+        found.append((8, 3, own, 1, 4, 1))
+        found += [(8, 2, own, 2, 2, 1)] if m <= 8 else []
         if columns <= _SHORT_UP_TO:
-            found += [(12, 2, 2, 1, 4, 1), (8, 2, 2, 1, 4, 1), (8, 2, 2, 2, 2, 1)]
+            found += [(12, 2, 2, 1, 4, 1), (8, 2, 2, 1, 4, 1)]
+            found += [(8, 2, 2, 2, 2, 1)] if m <= 8 else []
     if columns >= _MANY_FROM:
         found += [(8, 2, own, 1, 4, 2), (12, 2, own, 1, 4, 2)]
         if pattern != "unstructured":
@@ -155,7 +160,7 @@ def configs(problem: Problem, here: Gpu) -> list[Config]:
     pattern = _name(problem)
     depth = 0 if problem.pattern.is_nm else -(-TYPICAL_DEPTH // unstructured_parts(columns))
     if m > 1:
-        found = _several_candidates(pattern, columns)
+        found = _several_candidates(pattern, columns, m)
     elif problem.pattern.is_nm:
         found = _nm_candidates(pattern, rows, columns, here)
     else:

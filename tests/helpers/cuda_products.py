@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import ctypes.util
+import importlib.util
 import shutil
 import subprocess
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -48,8 +52,40 @@ def problem_of(pattern: str, shape: tuple[int, int], m: int) -> registry.Problem
     return registry.Problem.of(PackedWeight(fmt.name, fmt.version, parsed, shape, torch.bfloat16, {}), m, torch.device("cpu"))
 
 
+@cache
+def _nvrtc() -> ctypes.CDLL | None:
+    """The library of the package nvidia-cuda-nvrtc, or of a toolkit, if there is one."""
+    package = importlib.util.find_spec("nvidia")
+    for folder in package.submodule_search_locations or () if package is not None else ():
+        for library in sorted(Path(folder).glob("*/lib/libnvrtc.so.*")):
+            for builtins in library.parent.glob("libnvrtc-builtins.so.*"):
+                ctypes.CDLL(str(builtins), ctypes.RTLD_GLOBAL)
+            return ctypes.CDLL(str(library))
+    found = ctypes.util.find_library("nvrtc")
+    return ctypes.CDLL(found) if found is not None else None
+
+
+def assert_nvrtc_compiles(arch: str, file: str, macros: Mapping[str, int]) -> None:
+    """Where there is NVRTC: it is what compiles on users' machines, and takes less than nvcc does (no host functions, for one)."""
+    if (library := _nvrtc()) is None:
+        return
+    source = cuda.source_folder() / file
+    options = [f"--gpu-architecture=sm_{arch}", "--std=c++17", f"-I{source.parent / 'include'}", *(f"-D{k}={v}" for k, v in macros.items())]
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    assert library.nvrtcCreateProgram(ctypes.byref(program), source.read_bytes(), file.encode(), 0, None, None) == 0
+    try:
+        given = (ctypes.c_char_p * len(options))(*map(str.encode, options))
+        failed = library.nvrtcCompileProgram(program, len(options), given)
+        library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        library.nvrtcGetProgramLog(program, log)
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+    assert not failed, log.value.decode()
+
+
 def nvcc(arch: str, file: str, macros: Mapping[str, int], folder: Path) -> str:
-    """What the assembler says of a source's registers; skips where there is no compiler."""
+    """What the assembler says of a source's registers, which NVRTC must take as well where there is one; skips without a compiler."""
     if (found := shutil.which("nvcc")) is None:
         pytest.skip("no nvcc on the PATH; the kernels are compiled by NVRTC where a GPU is")
     target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
@@ -58,4 +94,5 @@ def nvcc(arch: str, file: str, macros: Mapping[str, int], folder: Path) -> str:
     command = [found, target, *options, str(source)]
     result = subprocess.run([*command, *(f"-D{k}={v}" for k, v in macros.items())], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+    assert_nvrtc_compiles(arch, file, macros)
     return result.stderr
