@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_engine import cuda
-from sparse_engine.backends import cuda_prefill, cuda_row_forms, cuda_row_stream
-from sparse_engine.backends.cuda_decode import UNIT, fragment_linear_fake, gpu, run_decode
+from sparse_engine.backends import cuda_prefill, cuda_row_forms
+from sparse_engine.backends.cuda_decode import UNIT, fragment_linear_fake, run_decode
 from sparse_engine.backends.cuda_tiles import choose, compilations, configs, current_gpu, estimate_us, parse
 from sparse_engine.formats.base import PackedWeight
 from sparse_engine.ops import define_linear
@@ -105,13 +105,11 @@ _CHOOSERS = {group: partial(choose, _NAME, pattern) for group, pattern in _PATTE
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, rows: int, columns: int, group: int, relu: bool
 ) -> Tensor:
+    call = cuda_prefill.Call(_PATTERNS[group], x, weight, bias, residual, rows, columns, relu)
     if x.numel() >= cuda_prefill.FEWEST_ROWS * columns:
-        return cuda_prefill.product(_NAME, cuda_prefill.Call(_PATTERNS[group], x, weight, bias, residual, rows, columns, relu))
-    if 0 < x.numel() <= cuda_row_stream.MOST_ROWS * columns:
-        m = x.numel() // columns
-        row = cuda_row_forms.choose(_NAME, _PATTERNS[group], x.dtype, rows, columns, m, 0, gpu(x.device.index))
-        if row is not None:
-            return cuda_row_stream.run_rows(row, x, weight, bias, residual, rows, relu)
+        return cuda_prefill.product(_NAME, call)
+    if (y := cuda_row_forms.product(_NAME, call)) is not None:
+        return y
     return run_decode(_CHOOSERS[group], x, weight, bias, residual, rows, columns, relu)
 
 
@@ -200,11 +198,9 @@ class CudaNMKernel(Kernel):
     def run_config(self, x: Tensor, layout: Layout, bias: Tensor | None, pattern: SparsityPattern, config: Config) -> Tensor:
         rows, columns, _ = layout["extent"].shape
         call = cuda_prefill.Call(str(pattern), x, layout["weight"], bias, None, rows, columns, False)
-        if (y := cuda_prefill.run_config(call, config)) is not None:
-            return y
-        row = cuda_row_stream.parse_row(str(pattern), config, columns, x.numel() // columns, gpu(x.device.index))
-        if row is not None:
-            return cuda_row_stream.run_rows(row, x, layout["weight"], bias, None, rows, False)
+        for run_config in (cuda_prefill.run_config, cuda_row_forms.run_config):
+            if (y := run_config(call, config)) is not None:
+                return y
         if (chosen := parse(str(pattern), config)) is None:
             return self.run(x, layout, bias, pattern)
         return run_decode(lambda *_: chosen, x, layout["weight"], bias, None, rows, columns, False)

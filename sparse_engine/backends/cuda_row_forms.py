@@ -7,14 +7,16 @@ from dataclasses import replace
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from sparse_engine import tuning
-from sparse_engine.backends.cuda_row_stream import MOST_ROWS, SOURCE, StreamRow, parse_row, row_of, serves, x_rows_for
-from sparse_engine.backends.cuda_sources import TYPICAL_DEPTH, UNIT, Gpu
+from sparse_engine.backends.cuda_prefill import Call
+from sparse_engine.backends.cuda_row_stream import MOST_ROWS, SOURCE, StreamRow, parse_row, row_of, run_rows, serves, x_rows_for
+from sparse_engine.backends.cuda_sources import TYPICAL_DEPTH, UNIT, Gpu, gpu
 from sparse_engine.backends.cuda_tiles import parse, unstructured_parts
 from sparse_engine.registry import Config, Problem
 
-__all__ = ["SMALL_UP_TO", "choose", "compilations", "configs", "usual_row"]
+__all__ = ["SMALL_UP_TO", "choose", "compilations", "configs", "product", "run_config", "usual_row"]
 
 SMALL_UP_TO = 1024
 """Width of a model up to which blocks have one row tile: its rows come in units of 128 columns then."""
@@ -157,7 +159,7 @@ def configs(problem: Problem, here: Gpu) -> list[Config]:
     rows, columns, m = problem.out_features, problem.in_features, problem.rows
     if m > MOST_ROWS or not serves(columns, here):
         return []
-    pattern = _name(problem)
+    pattern = tuning.pattern_key(problem.pattern)
     depth = 0 if problem.pattern.is_nm else -(-TYPICAL_DEPTH // unstructured_parts(columns))
     if m > 1:
         found = _several_candidates(pattern, columns, m)
@@ -169,13 +171,9 @@ def configs(problem: Problem, here: Gpu) -> list[Config]:
     return list(dict.fromkeys(each.config for each in fitted if each is not None and each.tile.warps_k >= _FEWEST_WARPS))
 
 
-def _name(problem: Problem) -> str:
-    return str(problem.pattern) if problem.pattern.is_nm else "unstructured"
-
-
 def compilations(problem: Problem, config: Config, here: Gpu) -> tuple[tuple[str, str, tuple[tuple[str, int], ...]], ...]:
     """What NVRTC has to compile for a configuration: nothing for those of other kernels."""
-    row = parse_row(_name(problem), config, problem.in_features, problem.rows, here)
+    row = parse_row(tuning.pattern_key(problem.pattern), config, problem.in_features, problem.rows, here)
     return () if row is None else ((SOURCE, here.arch, tuple(sorted(row.macros(problem.dtype).items()))),)
 
 
@@ -203,8 +201,6 @@ def choose(kernel: str, pattern: str, dtype: torch.dtype, rows: int, columns: in
     ``pattern`` is "2:4", "4:8" or "unstructured", whose units have up to ``depth`` words then. What this GPU's table has for ``kernel``
     goes before the rule, whichever of the kernels it names.
     """
-    if m > MOST_ROWS:
-        return None
     measured = tuning.lookup(here.name, pattern, dtype, (rows, columns), m).get(kernel)
     if measured is not None:
         if (row := parse_row(pattern, measured.config, columns, m, here)) is not None:
@@ -212,3 +208,23 @@ def choose(kernel: str, pattern: str, dtype: torch.dtype, rows: int, columns: in
         if parse(pattern, measured.config) is not None:
             return None
     return _rule(pattern, rows, columns, m, depth, here)
+
+
+def product(kernel: str, call: Call) -> Tensor | None:
+    """Run ``call`` with the form chosen for its shape and rows, or None: another kernel's turn. Tables have it under the name ``kernel``.
+
+    Raises:
+        InputError: shapes, types or devices do not fit.
+        KernelUnavailableError: the kernel cannot be compiled or launched.
+    """
+    if not 0 < call.m <= MOST_ROWS:
+        return None
+    depth = call.streams.depth if call.streams is not None else 0
+    row = choose(kernel, call.pattern, call.x.dtype, call.rows, call.columns, call.m, depth, gpu(call.x.device.index))
+    return run_rows(row, call) if row is not None else None
+
+
+def run_config(call: Call, config: Config) -> Tensor | None:
+    """Run ``call`` as ``config`` says, or None where that is another kernel's."""
+    row = parse_row(call.pattern, config, call.columns, call.m, gpu(call.x.device.index))
+    return run_rows(row, call) if row is not None else None

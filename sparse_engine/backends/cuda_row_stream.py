@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from sparse_engine import cuda
-from sparse_engine.backends.cuda_decode import Ahead, RowParams, Streams, check_arguments, kernel_params
+from sparse_engine.backends.cuda_decode import Ahead, RowParams, check_arguments, kernel_params
+from sparse_engine.backends.cuda_prefill import Call
 from sparse_engine.backends.cuda_sources import (
     UNIT,
     Gpu,
@@ -161,27 +162,19 @@ def _prepared(row: StreamRow, dtype: torch.dtype, rows: int, depth: int, here: G
     return function, (resident_clusters(fitted.tile, rows, shared, here), fitted.tile.cluster), fitted.threads, shared
 
 
-def run_rows(
-    row: StreamRow,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    rows: int,
-    relu: bool,
-    streams: Streams | None = None,
-) -> Tensor:
-    """Up to ``row.x_rows`` activation rows x (..., columns) by the weight (rows, columns), plus bias, ReLU and residual.
+def run_rows(row: StreamRow, call: Call) -> Tensor:
+    """The product of up to ``row.x_rows`` activation rows.
 
     Raises:
         InputError: shapes, types or devices do not fit.
         KernelUnavailableError: the kernel cannot be compiled or launched, or units are too deep for it.
     """
-    check_arguments(x, weight, bias, residual, rows, row.columns)
+    x, rows, streams = call.x, call.rows, call.streams
+    check_arguments(x, call.weight, call.bias, call.residual, rows, row.columns)
     device = x.device.index
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return run_rows(row, x, weight, bias, residual, rows, relu, streams)
+            return run_rows(row, call)
     here = gpu(device)
     y = x.new_empty((*x.shape[:-1], rows))
     if y.numel() == 0:
@@ -190,7 +183,7 @@ def run_rows(
     if flat.stride(1) != 1 or flat.data_ptr() % 16 or (len(flat) > 1 and flat.stride(0) % 8):
         flat = flat.clone(memory_format=torch.contiguous_format)
     function, grid, threads, shared = _prepared(row, x.dtype, rows, streams.depth if streams is not None else 0, here)
-    product = kernel_params(flat, weight, bias, residual, y, row.columns // UNIT, relu, streams)
+    product = kernel_params(flat, call.weight, call.bias, call.residual, y, row.columns // UNIT, call.relu, streams)
     argument = RowParams(product, None, None, 0.0, Ahead())
     cuda.launch(function, grid, threads, shared, argument, device, cluster=(1, grid[1]), overlap=here.hopper)
     return y

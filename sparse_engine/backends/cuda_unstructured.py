@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_engine import cuda
-from sparse_engine.backends import cuda_prefill, cuda_row_forms, cuda_row_stream
-from sparse_engine.backends.cuda_decode import UNIT, Streams, gpu, run_decode
+from sparse_engine.backends import cuda_prefill, cuda_row_forms
+from sparse_engine.backends.cuda_decode import UNIT, Streams, run_decode
 from sparse_engine.backends.cuda_tiles import choose, compilations, configs, current_gpu, estimate_us, parse, unstructured_parts
 from sparse_engine.formats.base import PackedWeight, unpack_bits
 from sparse_engine.ops import define_linear
@@ -201,13 +201,11 @@ def _linear(
     relu: bool,
 ) -> Tensor:
     streams = Streams(offsets, depth, parts)
+    call = cuda_prefill.Call("unstructured", x, weight, bias, residual, rows, columns, relu, streams)
     if x.numel() >= cuda_prefill.FEWEST_ROWS * columns:
-        return cuda_prefill.product(_NAME, cuda_prefill.Call("unstructured", x, weight, bias, residual, rows, columns, relu, streams))
-    if 0 < x.numel() <= cuda_row_stream.MOST_ROWS * columns:
-        m = x.numel() // columns
-        row = cuda_row_forms.choose(_NAME, "unstructured", x.dtype, rows, columns, m, depth, gpu(x.device.index))
-        if row is not None:
-            return cuda_row_stream.run_rows(row, x, weight, bias, residual, rows, relu, streams)
+        return cuda_prefill.product(_NAME, call)
+    if (y := cuda_row_forms.product(_NAME, call)) is not None:
+        return y
     return run_decode(_choose, x, weight, bias, residual, rows, columns, relu, streams)
 
 
@@ -312,11 +310,9 @@ class CudaUnstructuredKernel(Kernel):
         rows, columns = layout["extent"].shape[:2]
         streams = streams_of(layout)
         call = cuda_prefill.Call("unstructured", x, layout["weight"], bias, None, rows, columns, False, streams)
-        if (y := cuda_prefill.run_config(call, config)) is not None:
-            return y
-        row = cuda_row_stream.parse_row("unstructured", config, columns, x.numel() // columns, gpu(x.device.index))
-        if row is not None:
-            return cuda_row_stream.run_rows(row, x, layout["weight"], bias, None, rows, False, streams)
+        for run_config in (cuda_prefill.run_config, cuda_row_forms.run_config):
+            if (y := run_config(call, config)) is not None:
+                return y
         if (chosen := parse("unstructured", config)) is None:
             return self.run(x, layout, bias, pattern)
         return run_decode(lambda *_: chosen, x, layout["weight"], bias, None, rows, columns, False, streams)

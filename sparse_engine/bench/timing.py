@@ -30,11 +30,10 @@ _CACHES = 2.0
 """Bytes of all copies together, in L2 caches."""
 
 
-def copies_of(layout: Layout, device: torch.device, caches: float | None = None) -> list[dict[str, Tensor]]:
+def copies_of(layout: Layout, device: torch.device, caches: float = _CACHES) -> list[dict[str, Tensor]]:
     """``layout`` and as many copies of it as exceed the L2 cache of ``device`` ``caches`` times over (default: twice), at least two."""
     nbytes = sum(t.numel() * t.element_size() for t in layout.values())
     cache: int = torch.cuda.get_device_properties(device).L2_cache_size
-    caches = caches or _CACHES
     count = min(int(caches * cache) // max(nbytes, 1) + 2, int(_MOST_COPIES * caches / _CACHES))
     return [dict(layout), *({name: t.clone() for name, t in layout.items()} for _ in range(count - 1))]
 

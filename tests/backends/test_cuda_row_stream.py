@@ -14,7 +14,7 @@ from products import expected_product, relative_error
 from torch import Tensor
 
 from sparse_engine import registry
-from sparse_engine.backends import cuda_decode, cuda_row_forms, cuda_row_stream, cuda_tiles, cuda_unstructured
+from sparse_engine.backends import cuda_decode, cuda_prefill, cuda_row_forms, cuda_row_stream, cuda_tiles, cuda_unstructured
 from sparse_engine.tuning import Measured
 
 ROW_SHAPES = [(768, 768), (2304, 768), (768, 3072), (1024, 1024), (4096, 1024), (2048, 2048), (16384, 4096), (5120, 20480), (9216, 36864)]
@@ -188,7 +188,8 @@ def test_few_rows_match_fp64(pattern: str, shape: tuple[int, int], dtype: torch.
             aligned, shifted = long[: m * rows].view(m, 1, rows), long[1 : m * rows + 1].view(m, 1, rows)
             for added, onto, relu in itertools.product((None, bias), (None, aligned, shifted), (False, True)):
                 torch.full((m, rows), float("nan"), device="cuda", dtype=dtype)
-                y = cuda_row_stream.run_rows(row, x, layout["weight"], added, onto, rows, relu, streams)
+                call = cuda_prefill.Call(kind, x, layout["weight"], added, onto, rows, columns, relu, streams)
+                y = cuda_row_stream.run_rows(row, call)
                 expected = expected_product(x, packed, added)
                 expected = expected.clamp_min(0) if relu else expected
                 assert relative_error(y, expected if onto is None else expected + onto.double()) < TOLERANCE[dtype], (m, config)
