@@ -85,12 +85,7 @@ struct Weights {
     slots = smem + SLOTS_AT + warp * STAGES * SLOT_BYTES;
     barriers = smem + BARRIERS_AT + 8 * (2 * X_STAGES + warp * STAGES);
     ring = {0, 0};
-    if ((threadIdx.x & 31) == 0) {
-      for (int s = 0; s < STAGES; ++s)
-        barrier_init(barriers + 8 * s, 1);
-      barrier_init_fence();
-    }
-    __syncwarp();
+    init_own_barriers(barriers, STAGES, 1);
     sequence.rest = own_range(p);
     sequence.enter(p);
 #pragma unroll 1

@@ -18,7 +18,8 @@
 #define SLOTS_AT (SLOT_BARRIERS_AT + (8 * 4 * CONSUMERS * SLOTS + 127) / 128 * 128)
 
 struct Weights {
-  u32 slots, barriers, slot, parity;
+  u32 slots, barriers;
+  Ring ring;
   u64 policy;
   Sequence sequence;
 
@@ -34,17 +35,12 @@ struct Weights {
   }
 
   __device__ __forceinline__ Weights(const Params& p, u32 smem, int fragment, int begin, int rounds)
-      : slot(0), parity(0), policy(shared_weight_policy()), sequence(p, fragment, begin, rounds) {
+      : ring{0, 0}, policy(shared_weight_policy()), sequence(p, fragment, begin, rounds) {
     const int warp = threadIdx.x >> 5;
     const bool first = (threadIdx.x & 31) == 0;
     slots = smem + SLOTS_AT + warp * SLOTS * UNIT_BYTES;
     barriers = smem + SLOT_BARRIERS_AT + warp * SLOTS * 8;
-    if (first) {
-      for (int s = 0; s < SLOTS; ++s)
-        barrier_init(barriers + 8 * s, 1);
-      barrier_init_fence();
-    }
-    __syncwarp();
+    init_own_barriers(barriers, SLOTS, 1);
     for (int s = 0; s < SLOTS && sequence.any; ++s) {
       if (first) fetch(p, s);
       sequence.advance(p);
@@ -55,8 +51,8 @@ struct Weights {
     u32 a[2][BATCH][8], codes[4], buffer = 0;
     int left = rounds;
     do {
-      const u32 unit = slots + slot * UNIT_BYTES + (threadIdx.x & 31) * 16;
-      barrier_wait(barriers + 8 * slot, parity);
+      const u32 unit = slots + ring.slot * UNIT_BYTES + (threadIdx.x & 31) * 16;
+      barrier_wait(barriers + 8 * ring.slot, ring.parity);
       u32 positions[4], values[2][4];
       load_shared_x4(unit, positions);
       load_shared_x4(unit + 512, values[0]);
@@ -88,13 +84,10 @@ struct Weights {
       }
       __syncwarp();
       if (sequence.any) {
-        if ((threadIdx.x & 31) == 0) fetch(p, slot);
+        if ((threadIdx.x & 31) == 0) fetch(p, ring.slot);
         sequence.advance(p);
       }
-      if (++slot == SLOTS) {
-        slot = 0;
-        parity ^= 1;
-      }
+      ring.advance(SLOTS);
     } while (--left != 0);
   }
 };

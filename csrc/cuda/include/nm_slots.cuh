@@ -1,9 +1,10 @@
 // Values of 2:4 and 4:8 weights: how a warp's units are fetched to shared memory and taken from there, in the terms of paired.cuh. Needs
-// decode_common.cuh, expand.cuh and bulk.cuh before it.
+// decode_common.cuh and expand.cuh before it.
 //
 // Units of 256 columns lie in memory as decode_nm.cu describes: 16 bytes of positions for each lane, then 16 bytes of values for each lane
 // and step. A warp's unit is one of PARTS parts of these steps, with the positions of them all.
 #pragma once
+#include "slot_ring.cuh"
 
 #ifndef SLOTS
 #define SLOTS STAGES // units that a warp has in shared memory or on their way
@@ -64,20 +65,15 @@ struct First {
 // A warp's slots, which units go through in order.
 struct Slots {
   u32 slots, barriers; // shared addresses of the warp's own
-  u32 slot, parity;    // of the oldest unit
+  Ring ring;           // of the oldest unit
   u32 unit;            // the one to be fetched next, NONE
   static constexpr u32 NONE = ~0u;
 
   __device__ __forceinline__ void init(const Params&, u32 all_slots, u32 all_barriers, int warp) {
     slots = all_slots + warp * SLOTS * SLOT_BYTES;
     barriers = all_barriers + warp * SLOTS * 8;
-    slot = parity = 0;
-    if ((threadIdx.x & 31) == 0) {
-      for (int s = 0; s < SLOTS; ++s)
-        barrier_init(barriers + 8 * s, COPIES * COPY_ARRIVALS);
-      barrier_init_fence();
-    }
-    __syncwarp();
+    ring = {0, 0};
+    init_own_barriers(barriers, SLOTS, COPIES * COPY_ARRIVALS);
   }
 
   // A sequence has `unit`, `any` and advance(p).
@@ -123,8 +119,8 @@ struct Slots {
 
   // Waits for the oldest unit, which is number `part` of its 256 columns.
   __device__ __forceinline__ void open(Unit& u, u32 part) const {
-    const u32 lane = threadIdx.x & 31, positions = slots + slot * SLOT_BYTES + lane * 16;
-    barrier_wait(barriers + 8 * slot, parity);
+    const u32 lane = threadIdx.x & 31, positions = slots + ring.slot * SLOT_BYTES + lane * 16;
+    barrier_wait(barriers + 8 * ring.slot, ring.parity);
 #if PARTS == 1
     load_shared_x4(positions, u.positions);
 #else
@@ -139,11 +135,8 @@ struct Slots {
   template <typename Sequence>
   __device__ __forceinline__ void close(const Params& p, Sequence& units, u64 policy) {
     __syncwarp();
-    fetch(p, slot, policy);
-    if (++slot == SLOTS) {
-      slot = 0;
-      parity ^= 1;
-    }
+    fetch(p, ring.slot, policy);
+    ring.advance(SLOTS);
     announce(p, units);
   }
 };

@@ -1,4 +1,4 @@
-// Unstructured values: how a warp's units are stored, fetched and expanded. Needs decode_common.cuh, expand.cuh and bulk.cuh
+// Unstructured values: how a warp's units are stored, fetched and expanded. Needs decode_common.cuh and expand.cuh
 // before it.
 //
 // Lane (g, t) of a warp owns, of every 32 columns (a step), columns 8t .. 8t + 7 of rows g (octet A) and g + 8 (octet B). An octet's four
@@ -17,6 +17,7 @@
 //   offsets  [T * U + 1] where each unit starts, in 16 bytes
 #pragma once
 #include "octets.cuh"
+#include "slot_ring.cuh"
 
 #ifndef SLOTS
 #define SLOTS STAGES // units that a warp has in shared memory or on their way
@@ -111,7 +112,7 @@ struct First {
 struct Slots {
   u64 keep;
   u32 slots, slot_bytes, barriers; // shared addresses of the warp's own
-  u32 slot, parity;                // of the oldest unit
+  Ring ring;                       // of the oldest unit
   u32 depths[SLOTS];               // of the units in the slots, oldest first
   u32 from, to;                    // of the unit to be fetched next
 
@@ -119,14 +120,9 @@ struct Slots {
     slot_bytes = SLOT_LEAD + HEADER_BYTES + (p.depth + 1) * 128;
     slots = all_slots + warp * SLOTS * slot_bytes + SLOT_LEAD;
     barriers = all_barriers + warp * SLOTS * 8;
-    slot = parity = 0;
+    ring = {0, 0};
     keep = activation_policy();
-    if ((threadIdx.x & 31) == 0) {
-      for (int s = 0; s < SLOTS; ++s)
-        barrier_init(barriers + 8 * s, COPY_ARRIVALS);
-      barrier_init_fence();
-    }
-    __syncwarp();
+    init_own_barriers(barriers, SLOTS, COPY_ARRIVALS);
   }
 
   // Fetches the first units of `units`, and announces the one behind them. A sequence has `unit`, `any` and advance(p).
@@ -177,8 +173,8 @@ struct Slots {
   // Waits for the oldest unit.
   __device__ __forceinline__ void open(Unit& u) const {
     const int lane = threadIdx.x & 31;
-    const u32 header = slots + slot * slot_bytes;
-    barrier_wait(barriers + 8 * slot, parity);
+    const u32 header = slots + ring.slot * slot_bytes;
+    barrier_wait(barriers + 8 * ring.slot, ring.parity);
 #if PARTS == 1
     load_shared_x4(header + lane * 16, u.masks);
 #else
@@ -198,15 +194,12 @@ struct Slots {
   template <typename Sequence>
   __device__ __forceinline__ void close(const Params& p, Sequence& units, u64 policy) {
     __syncwarp();
-    const u32 depth = fetch(p, slot, policy);
+    const u32 depth = fetch(p, ring.slot, policy);
 #pragma unroll
     for (int s = 0; s + 1 < SLOTS; ++s)
       depths[s] = depths[s + 1];
     depths[SLOTS - 1] = depth;
-    if (++slot == SLOTS) {
-      slot = 0;
-      parity ^= 1;
-    }
+    ring.advance(SLOTS);
     announce(p, units);
   }
 };

@@ -36,6 +36,7 @@
 #include "element.cuh"
 #include "bulk.cuh"
 #include "cluster.cuh"
+#include "slot_ring.cuh"
 #include "wgmma.cuh"
 
 #ifndef WEIGHT_STAGE_BYTES
@@ -142,16 +143,6 @@ __device__ __forceinline__ u32 read_thread() {
 // A barrier of the 128 threads of one consumer warpgroup.
 __device__ __forceinline__ void warpgroup_sync(u32 thread) { asm volatile("bar.sync %0, 128;" ::"r"(1 + (thread >> 7)) : "memory"); }
 
-struct Ring {
-  u32 slot, parity;
-  __device__ __forceinline__ void advance() {
-    if (++slot == STAGES) {
-      slot = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 // The buffers as a consumer warp goes through them, each once.
 struct Buffers {
   Ring ring;
@@ -183,7 +174,7 @@ struct Buffers {
       if (any) release();
       any = true;
     }
-    if (last) ring.advance();
+    if (last) ring.advance(STAGES);
   }
 
   __device__ __forceinline__ void finish() {
@@ -246,7 +237,7 @@ __device__ __forceinline__ void produce(const Params& p, u32 smem, int begin, in
       }
       __syncwarp();
       Weights::produce(p, buffer + X_STAGE_BYTES, barrier, row / 16, stage);
-      ring.advance();
+      ring.advance(STAGES);
     }
   }
 }

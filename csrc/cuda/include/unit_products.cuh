@@ -1,17 +1,7 @@
 // Products of weights from slots in shared memory on wgmma: a step of 32 columns, and a unit of eight steps of an N:M weight. Needs
 // decode_common.cuh, expand.cuh, bulk.cuh and wgmma.cuh before it.
 #pragma once
-
-// Of slots that are filled and emptied in turn: which is next, and the parity that its barrier has then.
-struct Ring {
-  u32 slot, parity;
-  __device__ __forceinline__ void advance(u32 size) {
-    if (++slot == size) {
-      slot = 0;
-      parity ^= 1;
-    }
-  }
-};
+#include "slot_ring.cuh"
 
 // d += one step's product of dense weights: operand A of 64 rows and 32 columns, operand B at shared address b.
 __device__ __forceinline__ void multiply(float (&d)[N_TILES][4], const u32 (&a)[8], u32 b) {
