@@ -39,7 +39,8 @@ _ATTRIBUTE_COOPERATIVE = 2  # CU_LAUNCH_ATTRIBUTE_COOPERATIVE
 _ATTRIBUTE_CLUSTER = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _ATTRIBUTE_PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _TENSOR_MAP_KINDS = {torch.uint8: 0, torch.int8: 0, torch.float8_e4m3fn: 0, torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
-_INTERLEAVE_NONE, _SWIZZLE_128B, _PROMOTE_L2_256B, _FILL_ZEROS = 0, 3, 3, 0  # CUtensorMapInterleave, -Swizzle, -L2promotion, -FloatOOBfill
+_INTERLEAVE_NONE, _PROMOTE_L2_256B, _FILL_ZEROS = 0, 3, 0  # CUtensorMapInterleave, -L2promotion, -FloatOOBfill
+_SWIZZLE = {64: 2, 128: 3}  # CUtensorMapSwizzle, by the bytes of a box's row
 
 
 def source_folder() -> Path:
@@ -213,8 +214,8 @@ def describable(x: torch.Tensor) -> torch.Tensor:
 def tensor_map(x: torch.Tensor, box: tuple[int, int]) -> ctypes.Array[ctypes.c_uint64]:
     """Describes x (rows, columns) to a kernel that copies boxes of (rows, columns) = ``box``, outside of x zeros.
 
-    A row of a box is 128 bytes, whose 16-byte chunks are exchanged by the row modulo 8. x has contiguous columns, and 16-byte aligned
-    rows. Needs capability 9.0.
+    A row of a box is 128 bytes, whose 16-byte chunks are exchanged by the row modulo 8, or 64 bytes, and they by half the row modulo 4.
+    x has contiguous columns, and 16-byte aligned rows. Needs capability 9.0.
 
     Raises:
         KernelUnavailableError: the driver refuses it.
@@ -232,7 +233,7 @@ def _encode(
     found = TensorMap.from_buffer(room, -ctypes.addressof(room) % 64)
     sizes, strides = (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(stride * itemsize)
     extent, steps = (ctypes.c_uint32 * 2)(box_columns, box_rows), (ctypes.c_uint32 * 2)(1, 1)
-    options = (_INTERLEAVE_NONE, _SWIZZLE_128B, _PROMOTE_L2_256B, _FILL_ZEROS)
+    options = (_INTERLEAVE_NONE, _SWIZZLE[box_columns * itemsize], _PROMOTE_L2_256B, _FILL_ZEROS)
     status = _driver().cuTensorMapEncodeTiled(
         ctypes.byref(found), kind, 2, ctypes.c_void_p(pointer), sizes, strides, extent, steps, *options
     )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparse_engine import formats, plan, registry
 from sparse_engine.errors import InputError
 from sparse_engine.formats.base import PackedWeight, stack
-from sparse_engine.levels import TokenLevels
+from sparse_engine.levels import TokenLevels, relu_bound
 from sparse_engine.pattern import SparsityPattern
 from sparse_engine.policy import Policy
 from sparse_engine.value_types import PLAIN
@@ -69,6 +69,7 @@ class SparseLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
         self._plan: tuple[tuple[int, registry.Kernel, registry.Layout], ...] | None = None
         self._layout_owner: registry.Kernel | None = None
+        self._relu_bound: Tensor | None = None
         self._without: frozenset[str] = frozenset()
 
     @classmethod
@@ -133,6 +134,8 @@ class SparseLinear(nn.Module):
                 for name in packed.tensors:
                     # Emptied, not deleted: the module keeps its buffer names, type and device.
                     setattr(self, name, getattr(self, name).new_empty(0))
+            norms = (kernel.relu_norm(layout) for _, kernel, layout in steps)
+            self._relu_bound = next((relu_bound(norm, self.bias) for norm in norms if norm is not None), None)
             self._plan = tuple(steps)
         return self._plan
 
@@ -150,10 +153,23 @@ class SparseLinear(nn.Module):
         kernel, layout = self._chosen(rows)
         return kernel.levels_of(layout)
 
-    def of_levels(self, tokens: TokenLevels, *, relu: bool = False) -> Tensor:
+    def of_levels(self, tokens: TokenLevels, *, relu: bool = False, residual: Tensor | None = None) -> Tensor:
         """:meth:`fused` of the x that ``tokens`` stand for, of the type that :meth:`levels_at` gives for their number."""
         kernel, layout = self._chosen(len(tokens))
-        return kernel.run_levels(tokens, layout, self.bias, self.pattern, relu=relu)
+        return kernel.run_levels(tokens, layout, self.bias, self.pattern, relu=relu, residual=residual)
+
+    def relu_bound(self, rows: int) -> Tensor | None:
+        """The :func:`~sparse_engine.levels.relu_bound` of :meth:`relu_levels` where that takes so many rows; None: it does not.
+
+        Found with the plan: it does not see a bias that is changed in place behind that.
+        """
+        kernel, layout = self._chosen(rows)
+        return self._relu_bound if kernel.leaves_levels(layout, rows, self.dtype) else None
+
+    def relu_levels(self, tokens: TokenLevels) -> TokenLevels:
+        """ReLU of y as levels, of x as levels whose ``ahead`` are by :meth:`relu_bound`."""
+        kernel, layout = self._chosen(len(tokens))
+        return kernel.relu_levels(tokens, layout, self.bias, self.pattern)
 
     def _chosen(self, rows: int) -> tuple[registry.Kernel, registry.Layout]:
         steps = self._plan

@@ -229,6 +229,23 @@ class Kernel(ABC):
         """
         raise KernelUnavailableError(f"{self.name} takes no activations that are levels")
 
+    def relu_norm(self, layout: Layout) -> Tensor | None:
+        """Float32 (1,), the largest norm of a row of the weight, where the kernel has :meth:`relu_levels` for some numbers of rows."""
+        return None
+
+    def leaves_levels(self, layout: Layout, rows: int, dtype: torch.dtype) -> bool:
+        """Whether :meth:`relu_levels` takes so many rows of activations of type ``dtype``."""
+        return False
+
+    def relu_levels(self, tokens: TokenLevels, layout: Layout, bias: Tensor | None, pattern: SparsityPattern) -> TokenLevels:
+        """ReLU of the product as levels of the type of ``tokens``, whose scales are the tokens' ``ahead``.
+
+        Raises:
+            InputError: the tokens have no such scales.
+            KernelUnavailableError: the kernel leaves none.
+        """
+        raise KernelUnavailableError(f"{self.name} leaves no levels")
+
     @property
     def has_rows(self) -> bool:
         """Whether :meth:`rows_of` ever gives a layout."""

@@ -23,12 +23,12 @@ from sparse_engine.backends.cuda_prefill import Call, bucket_of
 from sparse_engine.backends.cuda_prefill.wgmma import CLOCKS_PER_US, Levels, PrefillSource, PrefillTile, run_prefill, tile_of
 from sparse_engine.errors import InputError
 from sparse_engine.formats.base import PackedWeight
-from sparse_engine.levels import TokenLevels
+from sparse_engine.levels import TokenLevels, new_levels
 from sparse_engine.ops import define_linear
 from sparse_engine.pattern import SparsityPattern
 from sparse_engine.registry import Config, Kernel, Layout, Problem, register
 
-__all__ = ["SOURCES", "TILES", "from_blocks", "to_blocks"]
+__all__ = ["SOURCES", "TILES", "TO_LEVELS", "from_blocks", "to_blocks"]
 
 _NAME = "cuda_nm_8bit"
 _TWO_FOUR = SparsityPattern.nm(2, 4)
@@ -50,6 +50,9 @@ class EightBitSource(PrefillSource):
 
 
 SOURCES = {element: EightBitSource("prefill_nm8.cu", "prefill_nm8", (("VALUES", number),)) for element, number in LEVELS.items()}
+_FLOATS = torch.float8_e4m3fn
+TO_LEVELS = replace(SOURCES[_FLOATS], macros=(*SOURCES[_FLOATS].macros, ("OUT_LEVELS", 1)))
+"""What leaves levels behind a ReLU, by tiles without splits."""
 TILES = (
     PrefillTile(24, 2, 2, 4, 2),
     PrefillTile(24, 1, 3, 5, 2),
@@ -117,6 +120,13 @@ def from_blocks(layout: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]
     return values.view(layout.dtype), bitmask
 
 
+def _largest_norm(values: Tensor, scales: Tensor) -> Tensor:
+    """Float32 (1,): the largest norm of a row of the weight."""
+    # By and by: as float32 the values take four times their memory.
+    norms = torch.cat([part.float().norm(dim=1) for part in (values[i : i + 4096] for i in range(0, len(values), 4096))])
+    return (norms * scales).max().reshape(1)
+
+
 def _clocks(tile: PrefillTile, rows: int, columns: int, m: int, here: Gpu) -> float:
     """Estimated clocks of a launch whose tiles run in whole rounds, fitted to measurements of 19 shapes on an H100.
 
@@ -160,8 +170,10 @@ def _ordered_tiles(rows: int, columns: int, m: int, here: Gpu) -> tuple[PrefillT
     return tuple(sorted(able, key=lambda tile: _clocks(tile, rows, columns, m, here)))
 
 
-def _product(tile: PrefillTile | None, call: Call, scales: Tensor, tokens: TokenLevels | None = None) -> Tensor:
-    """The product of ``call``; where ``tokens`` are given, the shape and type alone of its x are looked at."""
+def _product(
+    tile: PrefillTile | None, call: Call, scales: Tensor, tokens: TokenLevels | None = None, left: TokenLevels | None = None
+) -> Tensor:
+    """The product of ``call``; where ``tokens`` are given, the shape and type alone of its x are looked at. ``left`` is what it becomes."""
     x, m, element = call.x, call.m, call.weight.dtype
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise InputError(f"x is {x.dtype}, but quantised weights take bfloat16 or float16 activations here; cast x")
@@ -175,7 +187,10 @@ def _product(tile: PrefillTile | None, call: Call, scales: Tensor, tokens: Token
         chosen = tile or _tile_for(element, x.dtype, call.rows, call.columns, bucket_of(m), gpu(x.device.index))
         if tokens is None:
             tokens = quantise_rows(x.reshape(m, call.columns), element)
-        return run_prefill(SOURCES[element], chosen, call, Levels(tokens.values, tokens.scales, scales))
+        levels = Levels(tokens.values, tokens.scales, scales)
+        if left is None:
+            return run_prefill(SOURCES[element], chosen, call, levels)
+        return run_prefill(TO_LEVELS, chosen, call, replace(levels, y=left.values, y_scales=left.scales))
 
 
 def _linear(
@@ -218,7 +233,8 @@ class CudaNM8BitKernel(Kernel):
 
     def layout_nbytes(self, problem: Problem, packed: PackedWeight) -> int:
         blocks, stages = _extent((problem.out_features, problem.in_features))
-        return blocks * stages * (_VALUES + _POSITIONS) + 4 * problem.out_features
+        norm = 4 if problem.value_type == "fp8" else 0
+        return blocks * stages * (_VALUES + _POSITIONS) + 4 * problem.out_features + norm
 
     def configs(self, problem: Problem) -> Sequence[Config]:
         return _configs(problem.out_features, problem.in_features, problem.rows, gpu(torch.cuda.current_device()))
@@ -232,7 +248,10 @@ class CudaNM8BitKernel(Kernel):
         values, bitmask = packed.tensors["values"], packed.tensors["bitmask"]
         # The last tensor holds nothing; its shape tells `run` the size of the weight inside the padding.
         extent = bitmask.new_empty((*packed.shape, 0))
-        return {"weight": to_blocks(values, bitmask, packed.shape), "scales": packed.tensors["scales"], "extent": extent}
+        layout = {"weight": to_blocks(values, bitmask, packed.shape), "scales": packed.tensors["scales"], "extent": extent}
+        if values.dtype is _FLOATS:
+            layout["norm"] = _largest_norm(values, packed.tensors["scales"])
+        return layout
 
     def recover(self, layout: Layout, packed: PackedWeight) -> PackedWeight:
         values, bitmask = from_blocks(layout["weight"], packed.shape)
@@ -271,11 +290,32 @@ class CudaNM8BitKernel(Kernel):
         x = tokens.scales.new_empty(1, dtype=tokens.dtype).expand(tokens.values.shape)
         return _product(None, Call("2:4", x, layout["weight"], bias, residual, rows, columns, relu), layout["scales"], tokens)
 
+    def relu_norm(self, layout: Layout) -> Tensor | None:
+        return layout.get("norm")
+
+    def leaves_levels(self, layout: Layout, rows: int, dtype: torch.dtype) -> bool:
+        if "norm" not in layout:
+            return False
+        out, columns, _ = layout["extent"].shape
+        # Sums of splits meet in another epilogue.
+        return _tile_for(_FLOATS, dtype, out, columns, bucket_of(rows), gpu(layout["weight"].device.index)).splits == 1
+
+    def relu_levels(self, tokens: TokenLevels, layout: Layout, bias: Tensor | None, pattern: SparsityPattern) -> TokenLevels:
+        if tokens.ahead is None:
+            raise InputError("the activations come without scales for what is left behind a ReLU; make them with a relu_bound")
+        rows, columns, _ = layout["extent"].shape
+        made = new_levels(len(tokens), rows, _FLOATS, tokens.dtype, tokens.values.device)
+        made = replace(made, scales=tokens.ahead)
+        x = tokens.scales.new_empty(1, dtype=tokens.dtype).expand(tokens.values.shape)
+        _product(None, Call("2:4", x, layout["weight"], bias, None, rows, columns, True), layout["scales"], tokens, made)
+        return made
+
     def rows_of(self, layout: Layout, begin: int, end: int) -> Layout | None:
         if begin % BLOCK or (end % BLOCK and end != layout["extent"].shape[0]):
             return None
         extent = layout["extent"].new_empty((end - begin, *layout["extent"].shape[1:]))
-        return {"weight": layout["weight"][begin // BLOCK : -(-end // BLOCK)], "scales": layout["scales"][begin:end], "extent": extent}
+        part = {"weight": layout["weight"][begin // BLOCK : -(-end // BLOCK)], "scales": layout["scales"][begin:end], "extent": extent}
+        return {**layout, **part}
 
     def run_config(self, x: Tensor, layout: Layout, bias: Tensor | None, pattern: SparsityPattern, config: Config) -> Tensor:
         if not config:

@@ -24,7 +24,7 @@ from sparse_engine.bench.suite import VALUES, Suite, key_of
 from sparse_engine.bench.timing import Product, Replay, copies_of, take_turns, warm_up
 from sparse_engine.errors import KernelUnavailableError
 from sparse_engine.formats.base import PackedWeight
-from sparse_engine.levels import levels_of_rows
+from sparse_engine.levels import levels_of_rows, relu_bound
 from sparse_engine.pattern import SparsityPattern
 from sparse_engine.policy import Policy
 from sparse_engine.registry import Kernel, Problem
@@ -44,7 +44,7 @@ _FLOOR_CACHES = 30
 so that a part of it stays, and is found there a rotation later. Over twice the cache, reading 382 MB took 52 to 78 µs on an H200, and over
 thirty times 83 µs. Products, of weights or dense, took equally long over any."""
 _CUSPARSELT = "torch_semi_structured"
-_OF_LEVELS = "of levels"
+_OF_LEVELS, _TO_LEVELS = "of levels", "levels to levels"
 """The kernel on activations that are quantised already, as what comes before the product leaves them."""
 
 
@@ -189,6 +189,13 @@ def _measure_shape(
                 tokens = levels_of_rows(x, element)
                 calls = [partial(kernel.run_levels, tokens, held, bias, packed.pattern) for held in layouts[kernel.name]]
                 replays[_OF_LEVELS] = Replay(calls, pool)
+            # Behind fc1 is a ReLU, and fc2 multiplies what that leaves.
+            if layer == "fc1" and kernel.leaves_levels(layouts[kernel.name][0], m, dtype):
+                norm = kernel.relu_norm(layouts[kernel.name][0])
+                assert norm is not None
+                known = levels_of_rows(x, torch.float8_e4m3fn, relu_bound(norm, bias))
+                to_levels = [partial(kernel.relu_levels, known, held, bias, packed.pattern) for held in layouts[kernel.name]]
+                replays[_TO_LEVELS] = Replay(to_levels, pool)
             replays |= {f"dense {name}": replay for name, replay in dense[m].items()}
             own = replays[f"kernel {kernel.name}"]
             warm_up(own, 0.01)
@@ -206,7 +213,7 @@ def _measure_shape(
             yield wanted[pattern, m] | {
                 "kernel": kernel.name,
                 "us": round(us, 3),
-                **({"of_levels_us": round(times[_OF_LEVELS], 3)} if _OF_LEVELS in times else {}),
+                **{f"{name.replace(' ', '_')}_us": round(times[name], 3) for name in (_OF_LEVELS, _TO_LEVELS) if name in times},
                 "dense_us": round(times["dense linear"], 3),
                 "best_dense_us": round(times[best], 3),
                 "best_dense": best.removeprefix("dense "),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparse_engine.engine.kernels.append_prompts import append_prompts
 from sparse_engine.engine.kernels.embed import POSITION_OFFSET
+from sparse_engine.engine.product import feed_forward
 from sparse_engine.engine.weights import DecoderLayer, DecoderWeights
 
 __all__ = ["CHUNK_TOKENS", "PromptBatch", "chunks", "pass_through", "prefill"]
@@ -104,9 +105,9 @@ def _layer(layer: DecoderLayer, h: Tensor, norm_first: bool, attend: _Attention,
     h = _added(*layer.out.onto(h, attend(q, k, v)))
     if not norm_first:
         h = layer.attention_norm(h)
-    middle = layer.fc1.of_norm(layer.ffn_norm, h, relu=True) if norm_first else layer.fc1(h, relu=True)
-    h = _added(*layer.fc2.onto(h, middle))
-    return h if norm_first else layer.ffn_norm(h)
+    if norm_first:
+        return _added(*feed_forward(layer.fc1, layer.fc2, layer.ffn_norm, h))
+    return layer.ffn_norm(_added(*layer.fc2.onto(h, layer.fc1(h, relu=True))))
 
 
 def _added(h: Tensor, pending: Tensor | None) -> Tensor:

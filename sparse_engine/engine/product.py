@@ -19,7 +19,18 @@ from sparse_engine.linear import SparseLinear
 if TYPE_CHECKING:
     from sparse_engine.engine.weights import LayerNormWeights
 
-__all__ = ["DenseProduct", "HeadProduct", "Int8Product", "PackedProduct", "Product", "SideBySide", "int8_head", "product", "stacked"]
+__all__ = [
+    "DenseProduct",
+    "HeadProduct",
+    "Int8Product",
+    "PackedProduct",
+    "Product",
+    "SideBySide",
+    "feed_forward",
+    "int8_head",
+    "product",
+    "stacked",
+]
 
 
 class Product(ABC):
@@ -32,9 +43,9 @@ class Product(ABC):
         """y of the LayerNorm of x (M, in)."""
         return self(norm(x), relu=relu)
 
-    def takes_levels(self, rows: int) -> bool:
-        """Whether :meth:`of_norm` of so many rows of x multiplies 8-bit levels, which the LayerNorm leaves."""
-        return False
+    def levels_at(self, rows: int) -> torch.dtype | None:
+        """The type of the 8-bit levels that :meth:`of_norm` of so many rows multiplies and the LayerNorm leaves; None: no levels."""
+        return None
 
     def onto(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """``residual`` + y as (sum, None), or (``residual``, y) where adding them is left to the LayerNorm that follows."""
@@ -49,8 +60,8 @@ class PackedProduct(Product):
     def __call__(self, x: Tensor, *, relu: bool = False) -> Tensor:
         return self.module.fused(x, relu=relu)
 
-    def takes_levels(self, rows: int) -> bool:
-        return self.module.levels_at(rows) is not None
+    def levels_at(self, rows: int) -> torch.dtype | None:
+        return self.module.levels_at(rows)
 
     def of_norm(self, norm: LayerNormWeights, x: Tensor, *, relu: bool = False) -> Tensor:
         element = self.module.levels_at(len(x))
@@ -115,6 +126,18 @@ class SideBySide(Product):
 
     def __call__(self, x: Tensor, *, relu: bool = False) -> Tensor:
         return torch.cat([one(x, relu=relu) for one in self.products], -1)
+
+
+def feed_forward(first: Product, second: Product, norm: LayerNormWeights, h: Tensor) -> tuple[Tensor, Tensor | None]:
+    """:meth:`Product.onto` of ``h`` and ReLU(``first``) of its LayerNorm by ``second``; 8-bit levels stay between where both can."""
+    rows = len(h)
+    if isinstance(first, PackedProduct) and isinstance(second, PackedProduct):
+        element = first.levels_at(rows)
+        bound = first.module.relu_bound(rows) if element is second.levels_at(rows) else None
+        if element is not None and bound is not None:
+            tokens = layer_norm_levels(h, norm.weight, norm.bias, norm.eps, element, bound)
+            return second.module.of_levels(first.module.relu_levels(tokens), residual=h), None
+    return second.onto(h, first.of_norm(norm, h, relu=True))
 
 
 def product(module: nn.Module) -> Product:

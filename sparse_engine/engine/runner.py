@@ -18,7 +18,7 @@ from sparse_engine.engine.choice import Choice
 from sparse_engine.engine.kernels import DecodeState, Embedding, attention_decode, embed, layer_norm
 from sparse_engine.engine.kernels.embed import POSITION_OFFSET
 from sparse_engine.engine.prefill import prefill
-from sparse_engine.engine.product import Product
+from sparse_engine.engine.product import Product, feed_forward
 from sparse_engine.engine.weights import DecoderWeights, LayerNormWeights, fingerprint, plans, why_not
 from sparse_engine.errors import InputError
 
@@ -136,12 +136,12 @@ class Runner:
             attended = self._empty(batch, w.hidden)
             attention_decode(qkv, keys, values, state.lengths, attended, scale)
             h, pending = layer.out.onto(h, attended)
-            if w.norm_first:
-                h, middle = self._of_norm(layer.fc1, layer.ffn_norm, h, pending, relu=True)
-            else:
-                _, h = self._norm(layer.attention_norm, h, pending)
-                middle = layer.fc1(h, relu=True)
-            h, pending = layer.fc2.onto(h, middle)
+            if w.norm_first and pending is None and layer.fc1.levels_at(batch) is not None:
+                h, pending = feed_forward(layer.fc1, layer.fc2, layer.ffn_norm, h)
+                continue
+            norm = layer.ffn_norm if w.norm_first else layer.attention_norm
+            total, x = self._norm(norm, h, pending)
+            h, pending = layer.fc2.onto(total if w.norm_first else x, layer.fc1(x, relu=True))
             if not w.norm_first:
                 _, h = self._norm(layer.ffn_norm, h, pending)
                 pending = None
@@ -157,14 +157,12 @@ class Runner:
         """One token for every row that goes on, chosen on the device, without waiting for it."""
         choice.take(self.logits(cache), cache.state)
 
-    def _of_norm(
-        self, product: Product, norm: LayerNormWeights, h: Tensor, pending: Tensor | None, *, relu: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def _of_norm(self, product: Product, norm: LayerNormWeights, h: Tensor, pending: Tensor | None) -> tuple[Tensor, Tensor]:
         """(h + pending, the product of its LayerNorm)."""
-        if pending is None and product.takes_levels(len(h)):
-            return h, product.of_norm(norm, h, relu=relu)
+        if pending is None and product.levels_at(len(h)) is not None:
+            return h, product.of_norm(norm, h)
         h, x = self._norm(norm, h, pending)
-        return h, product(x, relu=relu)
+        return h, product(x)
 
     def _norm(self, weights: LayerNormWeights, h: Tensor, pending: Tensor | None) -> tuple[Tensor, Tensor]:
         """(h + pending, its LayerNorm)."""

@@ -18,7 +18,7 @@ from sparse_engine.backends import cuda_levels, cuda_nm_8bit
 from sparse_engine.backends.cuda_prefill.wgmma import PrefillTile
 from sparse_engine.errors import InputError
 from sparse_engine.formats.base import PackedWeight
-from sparse_engine.levels import LARGEST, SCALES_PADDING, levels_of_rows
+from sparse_engine.levels import LARGEST, SCALES_PADDING, levels_of_rows, relu_bound
 from sparse_engine.mask import Mask
 from sparse_engine.pattern import SparsityPattern
 from sparse_engine.tuning import Measured
@@ -162,6 +162,63 @@ def test_tiles_compile_within_their_registers(tile: PrefillTile, tmp_path: Path)
         assert "injected" not in said
 
 
+@pytest.mark.parametrize("tile", [tile for tile in cuda_nm_8bit.TILES if tile.splits == 1], ids=str)
+def test_tiles_that_leave_levels_compile_within_their_registers(tile: PrefillTile, tmp_path: Path) -> None:
+    said = nvcc("90a", cuda_nm_8bit.TO_LEVELS.file, dict(cuda_nm_8bit.TO_LEVELS.all_macros(tile, torch.bfloat16)), tmp_path)
+    spills = re.search(r"(\d+) bytes spill stores", said)
+    assert spills is not None
+    # The largest tile has more sums than others, and a few addresses are read again behind its products.
+    assert int(spills[1]) <= (24 if tile.n_tiles * tile.m_blocks > 40 else 8)
+    assert "serialized" not in said
+
+
+def test_lanes_exchange_what_makes_four_neighbours_of_a_row() -> None:
+    """The exchange of prefill_levels.cuh, lane by lane: sums of an n-tile as wgmma leaves them (PTX ISA, fragment D of m64nNk32)."""
+    text = (cuda.source_folder() / "include" / "prefill_levels.cuh").read_text()
+    near_odd, near_even, far_odd, far_even = (int(code, 16) for code in re.findall(r"\b0x([0-7]{4})\b", text))
+
+    def permuted(own: list[int], other: list[int], code: int) -> list[int]:
+        return [(own + other)[code >> 4 * i & 7] for i in range(4)]
+
+    # Weight row and activation row of each byte.
+    held = [[(g + 8 * half, 2 * q + token) for half in (0, 1) for token in (0, 1)] for g in range(8) for q in range(4)]
+    lanes: list[list[int]] = [[row * 8 + token for row, token in one] for one in held]
+    lanes = [permuted(lanes[i], lanes[i ^ 4], near_odd if i & 4 else near_even) for i in range(32)]
+    lanes = [permuted(lanes[i], lanes[i ^ 8], far_odd if i & 8 else far_even) for i in range(32)]
+    for lane, found in enumerate(lanes):
+        g, q = lane >> 2, lane & 3
+        token, word = 2 * q + (g & 1), (g >> 1 & 1) * 2 + (g >> 2)
+        assert found == [(4 * word + i) * 8 + token for i in range(4)], lane
+
+
+@KINDS
+def test_a_bound_clips_nothing_and_costs_next_to_nothing(kind: str) -> None:
+    """Of floating-point levels, whose scale is known before the product; int8 has none."""
+    torch.manual_seed(0)
+    packed = make_packed((512, 256), torch.bfloat16, kind)
+    layout = registry.get("cuda_nm_8bit").prepare(packed)
+    norm = registry.get("cuda_nm_8bit").relu_norm(layout)
+    if kind == "int8":
+        assert norm is None
+        assert not registry.get("cuda_nm_8bit").leaves_levels(layout, 300, torch.bfloat16)
+        return
+    assert norm is not None
+    weight = formats.get("nm").unpack(replace(packed, dtype=torch.float32)).double()
+    assert norm.item() == pytest.approx(weight.norm(dim=1).max().item(), rel=1e-5)
+    x, bias = torch.randn(37, 256).bfloat16(), torch.randn(512).bfloat16()
+    x[3] = weight[weight.norm(dim=1).argmax()].bfloat16()  # the row that comes nearest to the bound
+    x[5] = 0.0
+    tokens = levels_of_rows(x, torch.float8_e4m3fn, relu_bound(norm, bias))
+    assert tokens.ahead is not None
+    y = ((tokens.values.double() * tokens.scales[:37, None].double()) @ weight.T + bias.double()).clamp_min(0)
+    scales = tokens.ahead[:37, None].double()
+    assert bool((y <= scales * LARGEST[torch.float8_e4m3fn]).all())
+    left = (y / scales).float().to(torch.float8_e4m3fn).double() * scales
+    own = levels_of_rows(y.float(), torch.float8_e4m3fn)
+    best = own.values.double() * own.scales[:37, None].double()
+    assert relative_error(left, y) < 1.3 * relative_error(best, y)
+
+
 @ELEMENTS
 def test_levels_are_the_nearest_to_the_row(element: torch.dtype) -> None:
     x = torch.randn(9, 300).bfloat16()
@@ -219,6 +276,41 @@ def test_product_is_that_of_the_levels(shape: tuple[int, int], kind: str, dtype:
             assert relative_error(y, expected) < (1e-2 if dtype is torch.bfloat16 else 2e-3), (m, config)
         y = kernel.run_levels(tokens, layout, bias, PATTERN, relu=True, residual=residual)
         assert torch.equal(y, kernel.run_fused(x, layout, bias, PATTERN, relu=True, residual=residual))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (520, 2048), (3072, 768)], ids=str)
+def test_levels_are_left_behind_a_relu(shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = make_packed(shape, dtype, "fp8", "cuda")
+    kernel = registry.get("cuda_nm_8bit")
+    layout = kernel.prepare(packed)
+    norm = kernel.relu_norm(layout)
+    assert norm is not None
+    weight = formats.get("nm").unpack(replace(packed, dtype=torch.float32)).double()
+    tiles = [tile for tile in cuda_nm_8bit.TILES if tile.splits == 1]
+    for m in (1, 3, 17, 129, 300, 1153):
+        x = torch.randn(m, shape[1], device="cuda", dtype=dtype)
+        bias = torch.randn(shape[0], device="cuda", dtype=dtype) if m % 2 else None
+        tokens = levels_of_rows(x, torch.float8_e4m3fn, relu_bound(norm, bias))
+        assert tokens.ahead is not None
+        expected = (tokens.values.double() * tokens.scales[:m, None].double()) @ weight.T
+        expected = (expected if bias is None else expected + bias.double()).clamp_min(0)
+        scales = tokens.ahead[:m, None].double()
+        # Sums of fp8 products have fewer bits than those of float64, and may so be rounded to the level beside.
+        nearest = (expected / scales).float().to(torch.float8_e4m3fn).double() * scales
+        for tile in tiles:
+            monkeypatch.setattr(cuda_nm_8bit, "_tile_for", lambda *_, tile=tile: tile)
+            assert kernel.leaves_levels(layout, m, dtype)
+            torch.full((m, -(-shape[0] // 16) * 16), 127, device="cuda", dtype=torch.uint8)  # NaN, where nothing is written
+            made = kernel.relu_levels(tokens, layout, bias, PATTERN)
+            assert made.values.shape == (m, shape[0])
+            found = made.values.double() * made.scales[:m, None].double()
+            assert relative_error(found, nearest) < 1e-2, (m, tile)
+        monkeypatch.setattr(cuda_nm_8bit, "_tile_for", lambda *_: PrefillTile(16, 1, 2, 6, 1, splits=2))
+        assert not kernel.leaves_levels(layout, m, dtype)
+    with pytest.raises(InputError, match="relu_bound"):
+        kernel.relu_levels(replace(tokens, ahead=None), layout, None, PATTERN)
 
 
 def product_of_levels(x: torch.Tensor, packed: PackedWeight) -> torch.Tensor:

@@ -120,10 +120,13 @@ FORMS = [
 
 LEVELS = """
 import sys
+from dataclasses import replace
 
 import torch
 from products import random_keep, relative_error
 from sparse_engine import formats, registry
+from sparse_engine.backends.cuda_levels import quantise_rows
+from sparse_engine.levels import levels_of_rows, relu_bound
 from sparse_engine.mask import Mask
 from sparse_engine.pattern import SparsityPattern
 
@@ -137,6 +140,12 @@ for shape, m in (((200, 1288), 300), ((72, 520), 3)):
     for config in kernel.configs(registry.Problem.of(packed, m))[:4]:
         # Levels of three bits of fraction and of eight differ from the values by some per cent at most.
         assert relative_error(kernel.run_config(x, layout, None, parsed, config), expected) < 0.06, config
+        ran += 1
+    if sys.argv[1] == "fp8":
+        bound = relu_bound(layout["norm"].cpu(), None)
+        ahead = levels_of_rows(x.cpu(), layout["weight"].dtype, bound).ahead.cuda()
+        made = kernel.relu_levels(replace(quantise_rows(x, layout["weight"].dtype), ahead=ahead), layout, None, parsed)
+        assert relative_error(made.values.double() * made.scales[:m, None].double(), expected.relu()) < 0.06
         ran += 1
 torch.cuda.synchronize()
 print("ran:", ran)

@@ -120,6 +120,16 @@ def test_levels_of_a_layer_norm(rows: int, width: int, dtype: torch.dtype, eleme
     assert (made.values.dtype, made.dtype, len(made)) == (element, dtype, rows)
     assert torch.equal(made.values.view(torch.int8), expected.values.view(torch.int8))
     assert torch.equal(made.scales[:rows], expected.scales[:rows])
+    assert made.ahead is None
+    bound = torch.tensor([0.25, 3.0], device=device)
+    x[rows // 2], bias = 0, torch.zeros_like(bias)
+    made = layer_norm_levels(x, weight, bias, 1e-5, element, bound)
+    layer_norm(x, weight, bias, 1e-5, normed)
+    assert made.ahead is not None
+    assert relative_error(made.ahead[:rows], 0.25 * normed.double().norm(dim=1) + 3.0) < 1e-5
+    nothing = layer_norm_levels(torch.zeros_like(x), weight, bias, 1e-5, element, torch.zeros(2, device=device))
+    assert nothing.ahead is not None
+    assert bool((nothing.ahead[:rows] > 0).all()), "each has an inverse"
 
 
 def test_levels_of_a_layer_norm_refuse_what_no_kernel_reads() -> None:

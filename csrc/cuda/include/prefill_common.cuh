@@ -12,6 +12,7 @@
 //   SPLITS       blocks of a cluster that share the columns of one tile; their sums meet in distributed shared memory
 //   MIN_BLOCKS   blocks that must fit one multiprocessor (bounds the registers)
 //   STORES, LEAVING   see below
+//   OUT_LEVELS   1: y is e4m3, behind a ReLU, with a scale for each activation row: prefill_levels.cuh
 //
 //              TILE_TOKENS                      x --tensor copies, multicast--> STAGES buffers [TILE_TOKENS][128 bytes], 16-byte chunks
 //        +-----------+-----------+                       exchanged by the row modulo 8, as wgmma reads them
@@ -67,6 +68,9 @@
 #ifndef TENSOR_STORES
 #define TENSOR_STORES (STORES > 2)
 #endif
+#ifndef OUT_LEVELS
+#define OUT_LEVELS 0
+#endif
 #define BLOCK_CHUNKS (TILE_TOKENS / CHUNK_TOKENS)
 // Where neither scales nor other blocks have a part in them, sums begin with the bias.
 #define BIAS_FIRST (SPLITS == 1 && VALUES == 0)
@@ -87,7 +91,8 @@ static_assert(TILE_TOKENS % CHUNK_TOKENS == 0 && TILE_TOKENS % (8 * CLUSTER) == 
 
 struct alignas(64) Params {
   u64 x[16];                  // tensor map of x (m, cols): boxes of STAGE_COLUMNS by TILE_TOKENS / CLUSTER rows, 128-byte exchange pattern
-  u64 y_map[16];              // tensor map of y (m, rows): boxes of 64 columns by LEAVING chunks' rows, likewise; unless y_vector is 0
+  u64 y_map[16];              // tensor map of y (m, rows): boxes of 64 columns by LEAVING chunks' rows, likewise, or of levels with the
+                              // pattern of 64 bytes; unless y_vector is 0
   const uint4* weight;        // the kernel's own layout
   const u32* offsets;         // unstructured only, as is depth: see paired.cuh
   const u16* bias;            // (rows,) or null
@@ -100,6 +105,8 @@ struct alignas(64) Params {
   int relu;     // clamp at 0 after the bias, before the residual
   int depth;    // words of the deepest unit
   int y_vector; // y and residual are 16-byte aligned and rows is a multiple of 8
+
+  const float* y_scales; // (m,), readable as x_scales are, none of them 0, where y is levels; then y itself is reached by its map alone
 };
 
 // All of a block's shared memory.
@@ -208,6 +215,9 @@ struct Schedule {
 };
 
 #include "prefill_store.cuh"
+#if OUT_LEVELS
+#include "prefill_levels.cuh"
+#endif
 
 template <class Weights>
 __device__ __forceinline__ void produce(const Params& p, u32 smem, int begin, int rounds) {
@@ -297,12 +307,16 @@ __device__ __forceinline__ void consume(const Params& p, int begin, int rounds) 
     const Bias own = bias;
     if (BIAS_FIRST && more) bias.load(p, thread, row + above(thread));
     const u32 staging = smem + STAGING_AT + (thread >> 7) * STAGING_BYTES;
+#if OUT_LEVELS
+    store_levels(p, thread, staging, d, own, done_row, done_token);
+#else
     if (p.residual)
       store_tile<true, false>(p, thread, staging, d, own, done_row, done_token);
     else if (p.relu)
       store_tile<false, true>(p, thread, staging, d, own, done_row, done_token);
     else
       store_tile<false, false>(p, thread, staging, d, own, done_row, done_token);
+#endif
     if (more) continue;
 #if TENSOR_STORES
     if ((thread & 127) == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");

@@ -23,6 +23,7 @@ from sparse_engine.registry import Config
 __all__ = ["CLOCKS_PER_US", "Levels", "PrefillSource", "PrefillTile", "WgmmaForm", "estimated_clocks", "run_prefill", "tile_of"]
 
 _CHUNK_TOKENS = 32
+_CHUNK_ROWS = 64
 _X_BYTES = 128
 """Of a row of a buffer."""
 _CHUNK_BYTES = _CHUNK_TOKENS * 128
@@ -137,8 +138,9 @@ class _Params(ctypes.Structure):
         ("y_map", cuda.TensorMap),
         *((name, ctypes.c_void_p) for name in ("weight", "offsets", "bias", "residual", "y", "weight_scales", "x_scales")),
         *((name, ctypes.c_int) for name in ("m", "rows", "units", "relu", "depth", "y_vector")),
+        ("y_scales", ctypes.c_void_p),
         # The structure's alignment is that of a tensor map, and so its size a multiple of 64.
-        ("padding", ctypes.c_int * 12),
+        ("padding", ctypes.c_int * 10),
     )
 
 
@@ -159,12 +161,15 @@ def _grid(tile: PrefillTile, rows: int, m: int, processors: int) -> tuple[int, i
 class Levels:
     """Quantised activations: ``x`` (m, columns) of 8-bit levels, aligned, and float32 scales of their rows and of the weight's.
 
-    ``x_scales`` has a multiple of 256 elements.
+    ``y`` (m, rows) and the scales of its rows, where the product is left as such levels, too, behind a ReLU; the source is one that does.
+    Scales of activations are as :func:`~sparse_engine.levels.new_scales` makes them.
     """
 
     x: Tensor
     x_scales: Tensor
     weight_scales: Tensor
+    y: Tensor | None = None
+    y_scales: Tensor | None = None
 
 
 def run_prefill(source: PrefillSource, tile: PrefillTile, call: Call, levels: Levels | None = None) -> Tensor:
@@ -180,16 +185,17 @@ def run_prefill(source: PrefillSource, tile: PrefillTile, call: Call, levels: Le
     here, units = gpu(x.device.index), -(-call.columns * parts // UNIT)
     if here.arch != "sm_90a" or not source.fits(tile, here, depth) or tile.splits > units:
         raise KernelUnavailableError(f"{source.function} has no form for {tile} and {call.columns} columns on {here.name}")
-    y = x.new_empty((*x.shape[:-1], rows))
+    left = levels.y if levels is not None else None
+    y = left if left is not None else x.new_empty((*x.shape[:-1], rows))
     if y.numel() == 0:
         return y
     flat = cuda.describable(x.reshape(call.m, call.columns)) if levels is None else levels.x
     stored = (y.data_ptr(), *(t.data_ptr() for t in (residual,) if t is not None))
     y_vector = rows % 8 == 0 and all(at % 16 == 0 for at in stored)
-    mapped = y_vector and source.tensor_stores(tile)
+    mapped = (y_vector and source.tensor_stores(tile)) or left is not None
     params = _Params(
         cuda.tensor_map(flat, (tile.tokens // tile.cluster, _X_BYTES // flat.element_size())),
-        cuda.tensor_map(y.view(call.m, rows), (source.leaving(tile) * _CHUNK_TOKENS, _X_BYTES // y.element_size()))
+        cuda.tensor_map(y if left is not None else y.view(call.m, rows), (source.leaving(tile) * _CHUNK_TOKENS, _CHUNK_ROWS))
         if mapped
         else cuda.TensorMap(),
         call.weight.data_ptr(),
@@ -205,6 +211,7 @@ def run_prefill(source: PrefillSource, tile: PrefillTile, call: Call, levels: Le
         int(call.relu),
         depth,
         int(y_vector),
+        levels.y_scales.data_ptr() if levels is not None and levels.y_scales is not None else None,
     )
     function = _function(source, here.arch, x.dtype, tile)
     blocks = _grid(tile, rows, call.m, here.processors)
