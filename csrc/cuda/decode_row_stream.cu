@@ -16,7 +16,7 @@
 //
 // Macros: those of decode_common.cuh, with one n-tile, row tile and warp along the rows; PATTERN 24, 48 or 0, unstructured, with
 // TABLE_COPIES then, see octets.cuh; X_ROWS, which holds the activation rows; COLS, a multiple of 256; NORMED, of one row; ROW_WARPS;
-// CLUSTER, the blocks of a cluster; EVERY_LANE_ARRIVES, see there.
+// CLUSTER, the blocks of a cluster.
 #define UNSTRUCTURED (PATTERN == 0)
 #define SMALL_UNITS 1
 #define PRODUCERS ROW_WARPS
@@ -50,12 +50,6 @@ __device__ __forceinline__ u32 own_table(u32) { return 0; }
 
 #define UNITS (COLS / UNIT)
 #define CHAINS 2
-// At the barriers of the sums: 1 for tools that look for races, which see that an arrival orders what its own lane did, but not what lanes
-// did that met it before.
-#ifndef EVERY_LANE_ARRIVES
-#define EVERY_LANE_ARRIVES 0
-#endif
-#define WARP_ARRIVALS (EVERY_LANE_ARRIVES ? 32 : 1)
 #define ALL_WARPS (CLUSTER * WARPS_K)
 // Warps that have a share of a tile.
 #define SHARES (ALL_WARPS < UNITS ? ALL_WARPS : UNITS)
@@ -347,7 +341,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) decode_row_str
       }
 #if CLUSTER == 1
     __syncwarp();
-    if (EVERY_LANE_ARRIVES || lane == 0) barrier_arrive(full_barrier(base, turn));
+    warp_arrive(full_barrier(base, turn));
 #endif
 #pragma unroll
     for (int chain = 0; chain < CHAINS; ++chain)

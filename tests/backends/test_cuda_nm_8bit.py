@@ -306,7 +306,7 @@ def test_levels_are_left_behind_a_relu(shape: tuple[int, int], dtype: torch.dtyp
             made = kernel.relu_levels(tokens, layout, bias, PATTERN)
             assert made.values.shape == (m, shape[0])
             found = made.values.double() * made.scales[:m, None].double()
-            assert relative_error(found, nearest) < 1e-2, (m, tile)
+            assert relative_error(found, nearest) < 2e-2, (m, tile)
         monkeypatch.setattr(cuda_nm_8bit, "_tile_for", lambda *_: PrefillTile(16, 1, 2, 6, 1, splits=2))
         assert not kernel.leaves_levels(layout, m, dtype)
     with pytest.raises(InputError, match="relu_bound"):

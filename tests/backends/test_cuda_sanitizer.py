@@ -174,10 +174,7 @@ def test_prefill_kernels_are_clean(name: str, pattern: str, tool: str) -> None:
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_8_bit_kernels_are_clean(kind: str, tool: str) -> None:
-    # Racecheck does not see that what one warp copies in bulk waits, at a barrier, for what others have read, and calls that a race; of
-    # copies by tensor maps, those of the other prefill kernels, it sees nothing.
-    kernels = ("quantise",) if tool == "racecheck" else ("prefill", "quantise")
-    _check(run_clean(tool, kernels, LEVELS, kind))
+    _check(run_clean(tool, ("prefill", "quantise"), LEVELS, kind))
 
 
 def _check(said: str) -> None:

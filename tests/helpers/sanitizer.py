@@ -15,8 +15,10 @@ import pytest
 # those of the other 31 as races, each of them and none of the arriving one's.
 _EVERY_LANE = """
 from sparse_engine.backends import cuda_row_stream
-_macros = cuda_row_stream.StreamRow.macros
+from sparse_engine.backends.cuda_prefill import wgmma
+_macros, _all_macros = cuda_row_stream.StreamRow.macros, wgmma.PrefillSource.all_macros
 cuda_row_stream.StreamRow.macros = lambda row, element: _macros(row, element) | {"EVERY_LANE_ARRIVES": 1}
+wgmma.PrefillSource.all_macros = lambda source, tile, element: (*_all_macros(source, tile, element), ("EVERY_LANE_ARRIVES", 1))
 """
 
 

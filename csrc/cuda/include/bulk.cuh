@@ -15,6 +15,17 @@ __device__ __forceinline__ void barrier_arrive(u32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// A warp, whose lanes have met, arrives: one lane for all. EVERY_LANE_ARRIVES is 1 for tools that look for races, which see that an arrival
+// orders what its own lane did, but not what lanes did that met it before.
+#ifndef EVERY_LANE_ARRIVES
+#define EVERY_LANE_ARRIVES 0
+#endif
+#define WARP_ARRIVALS (EVERY_LANE_ARRIVES ? 32 : 1)
+
+__device__ __forceinline__ void warp_arrive(u32 barrier) {
+  if (EVERY_LANE_ARRIVES || (threadIdx.x & 31) == 0) barrier_arrive(barrier);
+}
+
 #if __CUDA_ARCH__ >= 900
 #define BARRIER_TRY "mbarrier.try_wait.parity.shared::cta.b64"
 #else
@@ -88,6 +99,20 @@ __device__ __forceinline__ void barrier_arrive_in(u32 barrier, u32 rank) {
                "}" ::"r"(barrier),
                "r"(rank)
                : "memory");
+}
+
+// warp_arrive at those of blocks `first` to first + BLOCKS - 1 of the cluster.
+template <int BLOCKS>
+__device__ __forceinline__ void warp_arrive_in(u32 barrier, u32 first) {
+  const u32 lane = threadIdx.x & 31;
+  if constexpr (BLOCKS == 1) {
+    warp_arrive(barrier);
+  } else if constexpr (EVERY_LANE_ARRIVES) {
+    for (u32 rank = 0; rank < BLOCKS; ++rank)
+      barrier_arrive_in(barrier, first + rank);
+  } else {
+    if (lane < BLOCKS) barrier_arrive_in(barrier, first + lane);
+  }
 }
 #endif
 

@@ -165,12 +165,7 @@ struct Buffers {
   // Gives back the buffer before that of the ring.
   __device__ __forceinline__ void release() const {
     const u32 slot = (ring.slot == 0 ? STAGES : ring.slot) - 1;
-    const u32 empty = shared_address(dynamic) + BARRIERS_AT + 8 * (STAGES + slot), lane = threadIdx.x & 31;
-#if CLUSTER == 1
-    if (lane == 0) barrier_arrive(empty);
-#else
-    if (lane < CLUSTER) barrier_arrive_in(empty, blockIdx.y * CLUSTER + lane);
-#endif
+    warp_arrive_in<CLUSTER>(shared_address(dynamic) + BARRIERS_AT + 8 * (STAGES + slot), blockIdx.y * CLUSTER);
   }
 
   // After products have been committed: waits for those before them. With the `first` of a buffer the one before it is given back, after
@@ -334,7 +329,7 @@ __device__ __forceinline__ void prefill(const Params& p) {
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; ++s) {
       barrier_init(smem + BARRIERS_AT + 8 * s, 1);
-      barrier_init(smem + BARRIERS_AT + 8 * (STAGES + s), 4 * CONSUMERS * CLUSTER);
+      barrier_init(smem + BARRIERS_AT + 8 * (STAGES + s), 4 * CONSUMERS * CLUSTER * WARP_ARRIVALS);
     }
     barrier_init_fence();
   }
