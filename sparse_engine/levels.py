@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["LARGEST", "SCALES_PADDING", "TokenLevels", "levels_of_rows", "new_levels", "new_scales", "relu_bound"]
+__all__ = ["LARGEST", "SCALES_PADDING", "TokenLevels", "levels_of_rows", "new_levels", "relu_bound"]
 
 LARGEST: Mapping[torch.dtype, float] = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 """The largest level of each type that activations may become."""
@@ -33,7 +33,8 @@ _ROUNDING = 1.07
 class TokenLevels:
     """Rows of activations of type ``dtype``: ``values`` (m, columns) of levels and ``scales`` float32, of which the first m are theirs.
 
-    ``ahead``, like ``scales``, are scales for what a certain product of them leaves behind a ReLU (:func:`relu_bound`), or None.
+    ``ahead`` (2, …), or None: like ``scales``, those of what a certain product leaves behind a ReLU (:func:`relu_bound`), and their
+    inverses.
     """
 
     values: Tensor
@@ -48,12 +49,7 @@ class TokenLevels:
 def new_levels(m: int, columns: int, element: torch.dtype, dtype: torch.dtype, device: torch.device) -> TokenLevels:
     """Room for the levels of m rows; a row begins at a multiple of 16 bytes."""
     values = torch.empty(m, -(-columns // 16) * 16, dtype=element, device=device)
-    return TokenLevels(values[:, :columns], new_scales(m, device), dtype)
-
-
-def new_scales(m: int, device: torch.device) -> Tensor:
-    """Room for the scales of m rows."""
-    return torch.empty(-(-m // SCALES_PADDING) * SCALES_PADDING, device=device)
+    return TokenLevels(values[:, :columns], torch.empty(-(-m // SCALES_PADDING) * SCALES_PADDING, device=device), dtype)
 
 
 def relu_bound(norm: Tensor, bias: Tensor | None) -> Tensor:
@@ -77,6 +73,7 @@ def levels_of_rows(x: Tensor, element: torch.dtype, bound: Tensor | None = None)
     made.scales[:m] = found / most
     if bound is None:
         return made
-    ahead = new_scales(m, x.device)
-    ahead[:m] = (bound[0] * x.float().norm(dim=1) + bound[1]).clamp_min(_LEAST_SCALE)
+    scales = (bound[0] * x.float().norm(dim=1) + bound[1]).clamp_min(_LEAST_SCALE)
+    ahead = made.scales.new_empty(2, len(made.scales))
+    ahead[:, :m] = torch.stack([scales, 1 / scales])
     return replace(made, ahead=ahead)

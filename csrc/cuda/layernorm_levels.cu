@@ -15,9 +15,10 @@ struct Params {
   unsigned char* levels; // (rows, width), row stride `pitch` bytes, a multiple of 8
   float* scales;         // (rows,)
   const float2* bound;   // what the next product's sums are at most, over the largest level: .x times a row's norm, plus .y; or null
-  float* ahead;          // (rows,), that bound of each row, where there is one
+  float* ahead;          // (2, ahead_pitch), that bound of each row and its inverse, where there is one
   int width;             // a multiple of 8, at most THREADS * PER_THREAD vectors
   int pitch;
+  int ahead_pitch;
   float eps;
 };
 
@@ -56,7 +57,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) layer_norm_levels(const __
       float total = 0;
       for (int w = 0; w < ROW_WARPS; ++w)
         total += squares_of[w];
-      p.ahead[blockIdx.x] = fmaxf(p.bound->x * sqrtf(total) + p.bound->y, LEAST_SCALE);
+      const float ahead = fmaxf(p.bound->x * sqrtf(total) + p.bound->y, LEAST_SCALE);
+      p.ahead[blockIdx.x] = ahead;
+      p.ahead[p.ahead_pitch + blockIdx.x] = __frcp_rn(ahead);
     }
   }
   uint2* target = (uint2*)(p.levels + (long long)blockIdx.x * p.pitch);

@@ -170,10 +170,11 @@ def _ordered_tiles(rows: int, columns: int, m: int, here: Gpu) -> tuple[PrefillT
     return tuple(sorted(able, key=lambda tile: _clocks(tile, rows, columns, m, here)))
 
 
-def _product(
-    tile: PrefillTile | None, call: Call, scales: Tensor, tokens: TokenLevels | None = None, left: TokenLevels | None = None
-) -> Tensor:
-    """The product of ``call``; where ``tokens`` are given, the shape and type alone of its x are looked at. ``left`` is what it becomes."""
+def _product(tile: PrefillTile | None, call: Call, scales: Tensor, tokens: TokenLevels | None = None, left: Tensor | None = None) -> Tensor:
+    """The product of ``call``; where ``tokens`` are given, the shape and type alone of its x are looked at.
+
+    ``left`` (m, rows): the levels that it is left as, by scales that the tokens came with.
+    """
     x, m, element = call.x, call.m, call.weight.dtype
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise InputError(f"x is {x.dtype}, but quantised weights take bfloat16 or float16 activations here; cast x")
@@ -190,7 +191,8 @@ def _product(
         levels = Levels(tokens.values, tokens.scales, scales)
         if left is None:
             return run_prefill(SOURCES[element], chosen, call, levels)
-        return run_prefill(TO_LEVELS, chosen, call, replace(levels, y=left.values, y_scales=left.scales))
+        assert tokens.ahead is not None
+        return run_prefill(TO_LEVELS, chosen, call, replace(levels, y=left, y_times=tokens.ahead[1]))
 
 
 def _linear(
@@ -305,10 +307,9 @@ class CudaNM8BitKernel(Kernel):
             raise InputError("the activations come without scales for what is left behind a ReLU; make them with a relu_bound")
         rows, columns, _ = layout["extent"].shape
         made = new_levels(len(tokens), rows, _FLOATS, tokens.dtype, tokens.values.device)
-        made = replace(made, scales=tokens.ahead)
         x = tokens.scales.new_empty(1, dtype=tokens.dtype).expand(tokens.values.shape)
-        _product(None, Call("2:4", x, layout["weight"], bias, None, rows, columns, True), layout["scales"], tokens, made)
-        return made
+        _product(None, Call("2:4", x, layout["weight"], bias, None, rows, columns, True), layout["scales"], tokens, made.values)
+        return replace(made, scales=tokens.ahead[0])
 
     def rows_of(self, layout: Layout, begin: int, end: int) -> Layout | None:
         if begin % BLOCK or (end % BLOCK and end != layout["extent"].shape[0]):

@@ -211,7 +211,7 @@ def test_a_bound_clips_nothing_and_costs_next_to_nothing(kind: str) -> None:
     tokens = levels_of_rows(x, torch.float8_e4m3fn, relu_bound(norm, bias))
     assert tokens.ahead is not None
     y = ((tokens.values.double() * tokens.scales[:37, None].double()) @ weight.T + bias.double()).clamp_min(0)
-    scales = tokens.ahead[:37, None].double()
+    scales = tokens.ahead[0, :37, None].double()
     assert bool((y <= scales * LARGEST[torch.float8_e4m3fn]).all())
     left = (y / scales).float().to(torch.float8_e4m3fn).double() * scales
     own = levels_of_rows(y.float(), torch.float8_e4m3fn)
@@ -296,7 +296,7 @@ def test_levels_are_left_behind_a_relu(shape: tuple[int, int], dtype: torch.dtyp
         assert tokens.ahead is not None
         expected = (tokens.values.double() * tokens.scales[:m, None].double()) @ weight.T
         expected = (expected if bias is None else expected + bias.double()).clamp_min(0)
-        scales = tokens.ahead[:m, None].double()
+        scales = tokens.ahead[0, :m, None].double()
         # Sums of fp8 products have fewer bits than those of float64, and may so be rounded to the level beside.
         nearest = (expected / scales).float().to(torch.float8_e4m3fn).double() * scales
         for tile in tiles:

@@ -126,10 +126,11 @@ def test_levels_of_a_layer_norm(rows: int, width: int, dtype: torch.dtype, eleme
     made = layer_norm_levels(x, weight, bias, 1e-5, element, bound)
     layer_norm(x, weight, bias, 1e-5, normed)
     assert made.ahead is not None
-    assert relative_error(made.ahead[:rows], 0.25 * normed.double().norm(dim=1) + 3.0) < 1e-5
+    assert relative_error(made.ahead[0, :rows], 0.25 * normed.double().norm(dim=1) + 3.0) < 1e-5
+    assert relative_error(made.ahead[1, :rows], 1 / made.ahead[0, :rows].double()) < 1e-6
     nothing = layer_norm_levels(torch.zeros_like(x), weight, bias, 1e-5, element, torch.zeros(2, device=device))
     assert nothing.ahead is not None
-    assert bool((nothing.ahead[:rows] > 0).all()), "each has an inverse"
+    assert bool((nothing.ahead[0, :rows] > 0).all()), "each has an inverse"
 
 
 def test_levels_of_a_layer_norm_refuse_what_no_kernel_reads() -> None:

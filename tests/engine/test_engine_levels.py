@@ -47,7 +47,7 @@ class Recorded:
         self.seen.append("levels to levels")
         assert tokens.ahead is not None
         x = tokens.values.float() * tokens.scales[: len(tokens), None]
-        return TokenLevels((x / tokens.ahead[: len(tokens), None]).relu().to(self.element), tokens.ahead, tokens.dtype)
+        return TokenLevels((x * tokens.ahead[1, : len(tokens), None]).relu().to(self.element), tokens.ahead[0], tokens.dtype)
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ struct alignas(64) Params {
   int depth;    // words of the deepest unit
   int y_vector; // y and residual are 16-byte aligned and rows is a multiple of 8
 
-  const float* y_scales; // (m,), readable as x_scales are, none of them 0, where y is levels; then y itself is reached by its map alone
+  const float* y_times; // (m,), readable as x_scales are, the inverses of y's scales where y is levels; then it is reached by its map alone
 };
 
 // All of a block's shared memory.

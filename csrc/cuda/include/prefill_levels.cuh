@@ -1,5 +1,6 @@
 // How the sums of a tile of prefill_common.cuh become e4m3 levels behind a ReLU, which the next product multiplies: with scales of the
-// activation rows that were known before there was a sum, y_scales. Needs that header's macros and structures before it.
+// activation rows that were known before there was a sum, of which y_times are the inverses. Needs that header's macros and structures
+// before it.
 //
 // Tensor stores bring chunks of [CHUNK_TOKENS][64 rows] bytes to y, whose 16-byte pieces are exchanged by half the row modulo 4.
 #pragma once
@@ -50,8 +51,7 @@ __device__ __forceinline__ void store_levels(const Params& p, u32 thread, u32 st
 #pragma unroll
       for (int i = 0; i < TURN_TOKENS / 8; ++i) {
         const int nt = within * (TURN_TOKENS / 8) + i, here = token + nt * 8;
-        const float2 scale = *(const float2*)(p.y_scales + here + q * 2);
-        const float2 times = make_float2(__fdividef(1.0f, scale.x), __fdividef(1.0f, scale.y));
+        const float2 times = *(const float2*)(p.y_times + here + q * 2);
         u32 levels = 0;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {

@@ -138,7 +138,7 @@ class _Params(ctypes.Structure):
         ("y_map", cuda.TensorMap),
         *((name, ctypes.c_void_p) for name in ("weight", "offsets", "bias", "residual", "y", "weight_scales", "x_scales")),
         *((name, ctypes.c_int) for name in ("m", "rows", "units", "relu", "depth", "y_vector")),
-        ("y_scales", ctypes.c_void_p),
+        ("y_times", ctypes.c_void_p),
         # The structure's alignment is that of a tensor map, and so its size a multiple of 64.
         ("padding", ctypes.c_int * 10),
     )
@@ -161,15 +161,15 @@ def _grid(tile: PrefillTile, rows: int, m: int, processors: int) -> tuple[int, i
 class Levels:
     """Quantised activations: ``x`` (m, columns) of 8-bit levels, aligned, and float32 scales of their rows and of the weight's.
 
-    ``y`` (m, rows) and the scales of its rows, where the product is left as such levels, too, behind a ReLU; the source is one that does.
-    Scales of activations are as :func:`~sparse_engine.levels.new_scales` makes them.
+    ``y`` (m, rows), and the inverses of its rows' scales, where the product is left as such levels, too, behind a ReLU.
+    Scales of activations are as :func:`~sparse_engine.levels.new_levels` makes them.
     """
 
     x: Tensor
     x_scales: Tensor
     weight_scales: Tensor
     y: Tensor | None = None
-    y_scales: Tensor | None = None
+    y_times: Tensor | None = None
 
 
 def run_prefill(source: PrefillSource, tile: PrefillTile, call: Call, levels: Levels | None = None) -> Tensor:
@@ -211,7 +211,7 @@ def run_prefill(source: PrefillSource, tile: PrefillTile, call: Call, levels: Le
         int(call.relu),
         depth,
         int(y_vector),
-        levels.y_scales.data_ptr() if levels is not None and levels.y_scales is not None else None,
+        levels.y_times.data_ptr() if levels is not None and levels.y_times is not None else None,
     )
     function = _function(source, here.arch, x.dtype, tile)
     blocks = _grid(tile, rows, call.m, here.processors)

@@ -13,7 +13,7 @@ from sparse_engine.backends.cuda_levels import LEVELS
 from sparse_engine.engine.kernels import launching
 from sparse_engine.engine.kernels.layernorm import MAX_WIDTH, row_macros
 from sparse_engine.errors import InputError
-from sparse_engine.levels import TokenLevels, levels_of_rows, new_levels, new_scales
+from sparse_engine.levels import TokenLevels, levels_of_rows, new_levels
 
 __all__ = ["layer_norm_levels", "level_macros"]
 
@@ -23,7 +23,7 @@ class _Params(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "levels", "scales", "bound", "ahead")),
-        *((name, ctypes.c_int) for name in ("width", "pitch")),
+        *((name, ctypes.c_int) for name in ("width", "pitch", "ahead_pitch")),
         ("eps", ctypes.c_float),
     )
 
@@ -55,12 +55,12 @@ def layer_norm_levels(
     made = new_levels(m, width, element, x.dtype, x.device)
     if bound is not None:
         launching.check("bound", bound, (2,), torch.float32, x.device)
-        made = replace(made, ahead=new_scales(m, x.device))
+        made = replace(made, ahead=made.scales.new_empty(2, len(made.scales)))
     if not m:
         return made
     places = (t.data_ptr() for t in (x, weight, bias, made.values, made.scales))
     asked = (None if t is None else t.data_ptr() for t in (bound, made.ahead))
-    params = _Params(*places, *asked, width, made.values.stride(0), eps)
+    params = _Params(*places, *asked, width, made.values.stride(0), len(made.scales), eps)
     macros = level_macros(width, x.dtype, element)
     launching.run("layernorm_levels.cu", "layer_norm_levels", macros, (m, 1), macros["THREADS"], params, x.device)
     return made
