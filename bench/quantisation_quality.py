@@ -3,8 +3,9 @@
 The checkpoint is pruned once by `sparse-engine convert`, and the packed result quantised by it; each is then loaded in float32. The
 perplexity is over whole held-out documents cut to --length tokens; the calibration text is other text of the same kind. It is taken
 of the forward over a whole document; of the bfloat16 forward as the GPU's kernels for 8-bit values run it, whose activations become
-levels of the weights' type with a scale for each token; and, on a processor, of the decode step token by token, where activations that
-meet int8 and int4 weights are rounded to int8 too, with the output head as it is and as int8.
+levels of the weights' type with a scale for each token (known ahead where e4m3 ones are left behind a ReLU); and, on a processor, of
+the decode step token by token, where activations that meet int8 and int4 weights are rounded to int8 too, with the output head as it is
+and as int8.
 
     python bench/quantisation_quality.py --model $SPARSE_ENGINE_DATA/models/base-28m
 """
@@ -31,7 +32,7 @@ from sparse_engine.data.files import read_documents
 from sparse_engine.engine.cpu import int8_head, objection
 from sparse_engine.engine.native_step import Decoder, Description
 from sparse_engine.evaluate.perplexity import document_perplexity
-from sparse_engine.levels import LARGEST, levels_of_rows
+from sparse_engine.levels import LARGEST, TokenLevels, levels_of_rows, relu_bound
 from sparse_engine.pattern import SparsityPattern
 
 
@@ -83,6 +84,9 @@ def as_on_gpu(path: Path, device: str) -> Any | None:
             if value_types.get(module.value_type).element(module.dtype) not in LARGEST:
                 return None
             model.set_submodule(name, PerToken(module))
+    for layer in model.model.decoder.layers:
+        if isinstance(layer.fc1, PerToken) and isinstance(layer.fc2, PerToken) and layer.fc1.element is torch.float8_e4m3fn:
+            layer.fc1.leave_levels_to(layer.fc2)
     return model
 
 
@@ -99,13 +103,26 @@ class PerToken(nn.Module):
         ones = dict(packed.tensors) | {"scales": torch.ones_like(self.scales)}
         levels = formats.get(packed.format).unpack(replace(packed, tensors=ones, dtype=torch.float32))
         self.levels = levels.double() if self.element is torch.int8 else levels
+        self.bound: Tensor | None = None
+        self.follower: list[PerToken] = []  # in a list, it is no part of this module
+        self.given: TokenLevels | None = None
+
+    def leave_levels_to(self, follower: PerToken) -> None:
+        """Behind the ReLU of this layer, ``follower`` multiplies levels that this one has left by scales known ahead."""
+        norm = (self.levels.norm(dim=1) * self.scales).max().reshape(1)
+        self.bound, self.follower = relu_bound(norm, self.bias), [follower]
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        tokens = levels_of_rows(flat, self.element)
+        tokens = self.given or levels_of_rows(flat, self.element, self.bound)
+        self.given = None
         sums = tokens.values.to(self.levels.dtype) @ self.levels.T
         y = sums.float() * (tokens.scales[: len(flat), None] * self.scales)
-        return (y if self.bias is None else y + self.bias.float()).to(x.dtype).view(*x.shape[:-1], -1)
+        y = y if self.bias is None else y + self.bias.float()
+        if tokens.ahead is not None:
+            levels = (y.relu() * tokens.ahead[1, : len(flat), None]).clamp_max(LARGEST[self.element]).to(self.element)
+            self.follower[0].given = TokenLevels(levels, tokens.ahead[0], x.dtype)
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 class Stepwise:
