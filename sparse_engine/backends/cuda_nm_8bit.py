@@ -68,6 +68,9 @@ TILES = (
     PrefillTile(16, 2, 2, 5, 1, splits=2),
     PrefillTile(16, 1, 2, 6, 1, splits=2),
     PrefillTile(16, 1, 2, 6, 1, splits=4),
+    PrefillTile(24, 1, 3, 5, 2, splits=0),
+    PrefillTile(32, 1, 2, 5, 2, splits=0),
+    PrefillTile(16, 1, 2, 6, 2, splits=0),
     PrefillTile(8, 1, 2, 8, 1),
     PrefillTile(8, 1, 2, 8, 1, splits=2),
     PrefillTile(4, 1, 2, 8, 1),
@@ -134,18 +137,17 @@ def _clocks(tile: PrefillTile, rows: int, columns: int, m: int, here: Gpu) -> fl
     operands, and what is copied is written once for all m64 blocks. L2 gives 6,600 bytes a clock to all blocks, 52 to one; in long runs
     more comes to blocks of a cluster, which stay together.
     """
-    blocks = tile.rows // BLOCK
-    tiles = -(-rows // (tile.rows * tile.cluster)) * tile.cluster * -(-m // tile.tokens) * tile.splits
-    resident = here.processors // (tile.cluster * tile.splits) * tile.cluster * tile.splits
+    blocks, splits = tile.rows // BLOCK, max(tile.splits, 1)
+    tiles, resident = tile.tiles(rows, m) * tile.cluster * splits, tile.clusters(here) * tile.cluster * splits
     rounds = -(-tiles // resident)
     copied = 64 * tile.tokens / tile.cluster + 40 * tile.rows
     moved = (64 * tile.tokens + 2048) * blocks + 64 * tile.tokens + 40 * tile.rows
     step = max(blocks * tile.tokens / 2, moved / 128, copied / min(52.0, 6600.0 / min(tiles, resident)))
     if tile.cluster == 1:
         step *= 1 + rounds / 80
-    multiply = -(-columns // UNIT) * (UNIT / 64) / tile.splits * step
-    store = (4700 + 13 * tile.m_blocks * tile.tokens) * (2.3 if tile.splits > 1 else 1.0)
-    return rounds * (multiply + store) + (1400 if tile.cluster * tile.splits == 1 else 2400)
+    store = (4700 + 13 * tile.m_blocks * tile.tokens) * (1.0 if tile.splits == 1 else 2.3)
+    multiply = -(-columns // UNIT) * (UNIT / 64) * step
+    return tile.clocks(rows, m, here, multiply, store) + (1400 if tile.cluster * splits == 1 else 2400)
 
 
 @cache
@@ -166,7 +168,7 @@ def _configs(rows: int, columns: int, m: int, here: Gpu) -> list[Config]:
 def _ordered_tiles(rows: int, columns: int, m: int, here: Gpu) -> tuple[PrefillTile, ...]:
     """Tiles that fit, those with the lowest estimate first."""
     source = SOURCES[torch.int8]
-    able = [tile for tile in TILES if source.fits(tile, here) and (tile.splits == 1 or tile.splits * UNIT <= columns)]
+    able = [tile for tile in TILES if source.fits(tile, here) and tile.serves(rows, columns, m, here)]
     return tuple(sorted(able, key=lambda tile: _clocks(tile, rows, columns, m, here)))
 
 
@@ -300,7 +302,7 @@ class CudaNM8BitKernel(Kernel):
             return False
         out, columns, _ = layout["extent"].shape
         # Sums of splits meet in another epilogue.
-        return _tile_for(_FLOATS, dtype, out, columns, bucket_of(rows), gpu(layout["weight"].device.index)).splits == 1
+        return _tile_for(_FLOATS, dtype, out, columns, bucket_of(rows), gpu(layout["weight"].device.index)).splits <= 1
 
     def relu_levels(self, tokens: TokenLevels, layout: Layout, bias: Tensor | None, pattern: SparsityPattern) -> TokenLevels:
         if tokens.ahead is None:

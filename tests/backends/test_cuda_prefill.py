@@ -53,7 +53,7 @@ def test_some_form_runs_any_number_of_rows(pattern: str, here: cuda_prefill.Gpu)
     for rows, columns in ((768, 768), (36864, 9216)):
         for form, configs in cuda_prefill.offered(pattern, rows, columns, 2048, here):
             assert all(config[0] == form.name for config in configs)
-            assert len(set(configs)) == len(configs) <= 16
+            assert len(set(configs)) == len(configs) <= 20
             assert 0 < form.estimate_us(pattern, rows, columns, 2048, here) < 1e5
 
 

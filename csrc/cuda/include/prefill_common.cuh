@@ -9,7 +9,8 @@
 //   CONSUMERS    consumer warpgroups
 //   STAGES       buffers of 128 bytes of columns, STAGE_COLUMNS
 //   CLUSTER      blocks side by side along the rows that share their activations: each fetches a part of a buffer for all
-//   SPLITS       blocks of a cluster that share the columns of one tile; their sums meet in distributed shared memory
+//   SPLITS       blocks of a cluster that share the columns of one tile; their sums meet in distributed shared memory. 0: clusters share
+//                the tiles that are left behind whole rounds, as prefill_ranges.cuh says
 //   MIN_BLOCKS   blocks that must fit one multiprocessor (bounds the registers)
 //   STORES, LEAVING   see below
 //   OUT_LEVELS   1: y is e4m3, behind a ReLU, with a scale for each activation row: prefill_levels.cuh
@@ -43,6 +44,13 @@
 #ifndef WEIGHT_STAGE_BYTES
 #define WEIGHT_STAGE_BYTES 0
 #endif
+#if SPLITS == 0
+#undef SPLITS
+#define SPLITS 1
+#define RANGES 1
+#else
+#define RANGES 0
+#endif
 #define ELEMENT_KIND (ELEM_BF16 ? BF16 : F16)
 #ifndef UNIT
 #define UNIT 256
@@ -73,7 +81,7 @@
 #endif
 #define BLOCK_CHUNKS (TILE_TOKENS / CHUNK_TOKENS)
 // Where neither scales nor other blocks have a part in them, sums begin with the bias.
-#define BIAS_FIRST (SPLITS == 1 && VALUES == 0)
+#define BIAS_FIRST (SPLITS == 1 && VALUES == 0 && !RANGES)
 #define STAGING_BYTES (STORES * CHUNK_TOKENS * 128)
 #define BARRIERS_AT (STAGING_AT + CONSUMERS * STAGING_BYTES)
 #define SUMS_PITCH (TILE_ROWS + 4)
@@ -107,6 +115,8 @@ struct alignas(64) Params {
   int y_vector; // y and residual are 16-byte aligned and rows is a multiple of 8
 
   const float* y_times; // (m,), readable as x_scales are, the inverses of y's scales where y is levels; then it is reached by its map alone
+  void* workspace;      // of RANGES, see there
+  u32* flags;
 };
 
 // All of a block's shared memory.
@@ -186,19 +196,21 @@ struct Buffers {
   }
 };
 
-// Tiles in the order in which the clusters take them.
+// Tiles in the order in which the clusters take them, and which of their units are the block's.
 struct Schedule {
-  int at;
+  int at, begin, rounds;
 
-  __device__ __forceinline__ Schedule() : at(blockIdx.x / CLUSTER) {}
+  __device__ __forceinline__ Schedule(const Params&, int begin, int rounds) : at(blockIdx.x / CLUSTER), begin(begin), rounds(rounds) {}
 
   static __device__ __forceinline__ int row_groups_of(const Params& p) {
     return (p.rows + TILE_ROWS * CLUSTER - 1) / (TILE_ROWS * CLUSTER);
   }
   static __device__ __forceinline__ int token_tiles_of(const Params& p) { return (p.m + TILE_TOKENS - 1) / TILE_TOKENS; }
 
-  __device__ __forceinline__ bool any(const Params& p) const { return at < row_groups_of(p) * token_tiles_of(p); }
-  __device__ __forceinline__ void advance() { at += gridDim.x / CLUSTER; }
+  static __device__ __forceinline__ int tiles_of(const Params& p) { return row_groups_of(p) * token_tiles_of(p); }
+
+  __device__ __forceinline__ bool any(const Params& p) const { return at < tiles_of(p); }
+  __device__ __forceinline__ void advance(const Params&) { at += gridDim.x / CLUSTER; }
 
   __device__ __forceinline__ void place(const Params& p, int& row, int& token) const {
     constexpr int BAND = (BAND_TOKENS + TILE_TOKENS - 1) / TILE_TOKENS;
@@ -210,6 +222,12 @@ struct Schedule {
 };
 
 #include "prefill_store.cuh"
+#if RANGES
+#include "prefill_ranges.cuh"
+using Tiles = Ranges;
+#else
+using Tiles = Schedule;
+#endif
 #if OUT_LEVELS
 #include "prefill_levels.cuh"
 #endif
@@ -224,10 +242,11 @@ __device__ __forceinline__ void produce(const Params& p, u32 smem, int begin, in
   const u64 policy = activation_policy();
   Ring ring = {0, 1};
   wait_predecessor();
-  for (Schedule tiles; tiles.any(p); tiles.advance()) {
+  for (Tiles tiles(p, begin, rounds); tiles.any(p); tiles.advance(p)) {
     int row, token;
     tiles.place(p, row, token);
-    for (int stage = begin * (UNIT / STAGE_COLUMNS); stage < (begin + rounds) * (UNIT / STAGE_COLUMNS); ++stage) {
+    const int behind = (tiles.begin + tiles.rounds) * (UNIT / STAGE_COLUMNS);
+    for (int stage = tiles.begin * (UNIT / STAGE_COLUMNS); stage < behind; ++stage) {
       const u32 buffer = smem + ring.slot * STAGE_BYTES, barrier = full + 8 * ring.slot;
       barrier_wait(empty + 8 * ring.slot, ring.parity);
       if (lane == 0) {
@@ -255,11 +274,11 @@ __device__ __forceinline__ void consume(const Params& p, int begin, int rounds) 
   const auto fragment = [&](u32 thread) { return above(thread) / 16 + (int)(thread >> 5 & 3); };
   Buffers buffers = {{0, 0}, false};
   Weights weights(p, smem, fragment(threadIdx.x), begin, rounds);
-  Schedule tiles;
+  Tiles tiles(p, begin, rounds);
   if (!tiles.any(p)) return;
   int row, token;
   tiles.place(p, row, token);
-  weights.start(p, row / 16 + fragment(threadIdx.x), begin);
+  weights.start(p, row / 16 + fragment(threadIdx.x), tiles.begin);
   Bias bias;
   if (BIAS_FIRST) bias.load(p, threadIdx.x, row + above(threadIdx.x));
   bool first = true;
@@ -268,7 +287,7 @@ __device__ __forceinline__ void consume(const Params& p, int begin, int rounds) 
 #pragma unroll
     for (int i = 0; i < M_BLOCKS * N_TILES * 4; ++i)
       d[i / 4 / N_TILES][i / 4 % N_TILES][i % 4] = BIAS_FIRST ? (Sum)bias.values[i / 4 / N_TILES][i % 4 / 2] : (Sum)0;
-    weights.multiply_all(d, p, buffers, rounds);
+    weights.multiply_all(d, p, buffers, tiles.rounds);
     // From here on the place of the tile is found anew.
     const u32 thread = read_thread();
     asm volatile("" : "+r"(tiles.at));
@@ -276,7 +295,10 @@ __device__ __forceinline__ void consume(const Params& p, int begin, int rounds) 
 #if SPLITS == 1
     const int done_row = row + above(thread), done_token = token;
     if (!BIAS_FIRST) bias.load(p, thread, done_row);
-    tiles.advance();
+#if RANGES
+    const Share share = tiles.share(p);
+#endif
+    tiles.advance(p);
     const bool more = tiles.any(p);
     if (more) tiles.place(p, row, token);
 #endif
@@ -298,10 +320,18 @@ __device__ __forceinline__ void consume(const Params& p, int begin, int rounds) 
     reduce_and_store(p, (const float*)dynamic, row, token);
     return;
 #else
-    if (more) weights.start(p, row / 16 + fragment(thread), begin);
+    if (more) weights.start(p, row / 16 + fragment(thread), tiles.begin);
     const Bias own = bias;
     if (BIAS_FIRST && more) bias.load(p, thread, row + above(thread));
     const u32 staging = smem + STAGING_AT + (thread >> 7) * STAGING_BYTES;
+#if RANGES
+    if (share.left) {
+      leave_sums(p, thread, d);
+      if (more) continue;
+      return;
+    }
+    if (share.joined) add_sums(p, thread, d, share.tile);
+#endif
 #if OUT_LEVELS
     store_levels(p, thread, staging, d, own, done_row, done_token);
 #else

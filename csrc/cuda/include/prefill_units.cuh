@@ -3,14 +3,13 @@
 #pragma once
 
 struct Sequence {
-  Schedule tiles;
+  Tiles tiles;
   size_t unit;
-  int fragment, begin, rounds, left;
+  int fragment, left;
   bool any;
 
-  // `fragment` is the warp's row tile of every tile of the block, of which it has `rounds` units from `begin` on.
-  __device__ __forceinline__ Sequence(const Params& p, int fragment, int begin, int rounds)
-      : fragment(fragment), begin(begin), rounds(rounds) {
+  // `fragment` is the warp's row tile of every tile of the block.
+  __device__ __forceinline__ Sequence(const Params& p, int fragment, int begin, int rounds) : tiles(p, begin, rounds), fragment(fragment) {
     enter(p);
   }
 
@@ -20,14 +19,14 @@ struct Sequence {
     int row, token;
     tiles.place(p, row, token);
     // Tiles behind the last row read the last tile again; their sums are not stored.
-    unit = (size_t)min(row / 16 + fragment, (p.rows + 15) / 16 - 1) * p.units + begin;
-    left = rounds;
+    unit = (size_t)min(row / 16 + fragment, (p.rows + 15) / 16 - 1) * p.units + tiles.begin;
+    left = tiles.rounds;
   }
 
   __device__ __forceinline__ void advance(const Params& p) {
     ++unit;
     if (--left != 0) return;
-    tiles.advance();
+    tiles.advance(p);
     enter(p);
   }
 };

@@ -79,11 +79,9 @@ class ExpandedForm(WgmmaForm):
     slowness: ClassVar[float]
 
     def clocks(self, tile: PrefillTile, rows: int, columns: int, m: int, here: Gpu) -> float:
-        tiles = -(-rows // (tile.rows * tile.cluster)) * tile.cluster * -(-m // tile.tokens) * tile.splits
-        resident = here.processors // (tile.cluster * tile.splits) * tile.cluster * tile.splits
         step = self.slowness * max(tile.tokens * tile.rows / 64, 256.0)
-        store = tile.rows * tile.tokens / 12 * (2.5 if tile.splits > 1 else 1.0)
-        return -(-tiles // min(tiles, resident)) * (-(-columns // UNIT) * 8 / tile.splits * step + store + 1500)
+        store = tile.rows * tile.tokens / 12 * (1.0 if tile.splits == 1 else 2.5)
+        return tile.clocks(rows, m, here, -(-columns // UNIT) * 8 * step, store + 1500)
 
 
 class NMForm(ExpandedForm):
@@ -100,6 +98,8 @@ class NMForm(ExpandedForm):
         PrefillTile(32, 1, 2, 4, 1, 2),
         PrefillTile(16, 1, 2, 6, 1, 2),
         PrefillTile(8, 1, 2, 6, 1, 2),
+        PrefillTile(32, 1, 2, 4, 2, 0),
+        PrefillTile(16, 1, 2, 6, 1, 0),
     )
 
 
@@ -122,6 +122,8 @@ class UnstructuredForm(ExpandedForm):
         PrefillTile(32, 1, 2, 2, 1, 2),
         PrefillTile(16, 1, 2, 4, 1, 2),
         PrefillTile(8, 1, 2, 6, 1, 2),
+        PrefillTile(32, 1, 2, 2, 1, 0),
+        PrefillTile(16, 1, 2, 4, 1, 0),
     )
 
     def configs(self, pattern: str, rows: int, columns: int, m: int, here: Gpu) -> Sequence[Config]:

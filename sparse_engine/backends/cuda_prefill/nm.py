@@ -34,20 +34,22 @@ class SparseWgmmaForm(WgmmaForm):
         PrefillTile(8, 1, 2, 6, 1, splits=2),
         PrefillTile(8, 1, 2, 6, 1, splits=4),
         PrefillTile(8, 1, 2, 4, 1, min_blocks=2),
+        PrefillTile(32, 1, 2, 5, 2, splits=0),
+        PrefillTile(32, 1, 2, 5, 1, splits=0),
+        PrefillTile(24, 1, 2, 6, 2, splits=0),
+        PrefillTile(16, 1, 2, 6, 1, splits=0),
     )
 
     def clocks(self, tile: PrefillTile, rows: int, columns: int, m: int, here: Gpu) -> float:
         """Fitted to measurements on an H100: a product of m64 takes half a clock for each activation row and about as much for its weights
         as for 120 of them, unless the L2 cache is slower, which gives a multiprocessor some 43 bytes in a clock.
         """
-        tiles = -(-rows // (tile.rows * tile.cluster)) * tile.cluster * -(-m // tile.tokens) * tile.splits
-        resident = here.processors // (tile.cluster * tile.splits) * tile.cluster * tile.splits * tile.min_blocks
         # Where a warpgroup has few sums, it waits more for the operands of the next product.
         product = tile.tokens / 2 + (85 if tile.m_blocks == 1 and tile.tokens <= 128 else 60)
         step = max(product * (tile.rows // 64), (tile.tokens * 64 / tile.cluster + tile.rows * 36) / 43)
-        store = tile.rows * tile.tokens / 12 * 2.5 if tile.splits > 1 else 700.0
-        one = -(-columns // UNIT) * (UNIT // 32) / tile.splits * step + store
-        return -(-tiles // min(tiles, resident)) * (one * min(tile.min_blocks, -(-tiles // here.processors)) + 1500)
+        store = 700.0 if tile.splits == 1 else tile.rows * tile.tokens / 12 * 2.5
+        beside = min(tile.min_blocks, -(-tile.tiles(rows, m) * tile.cluster * max(tile.splits, 1) // here.processors))
+        return tile.clocks(rows, m, here, -(-columns // UNIT) * (UNIT // 32) * step * beside, store * beside + 1500)
 
 
 register(SparseWgmmaForm())

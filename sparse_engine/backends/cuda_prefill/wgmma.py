@@ -6,6 +6,7 @@ They run on compute capability 9.0 and read the layouts of the decode kernels. A
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from functools import cache
@@ -17,6 +18,7 @@ from torch import Tensor
 from sparse_engine import cuda
 from sparse_engine.backends.cuda_decode import UNIT, Gpu, gpu
 from sparse_engine.backends.cuda_prefill import Call, Compilations, Form
+from sparse_engine.backends.cuda_prefill.shared_tiles import flags, workspace
 from sparse_engine.errors import KernelUnavailableError
 from sparse_engine.registry import Config
 
@@ -38,7 +40,10 @@ CLOCKS_PER_US = 1.6e3
 
 @dataclass(frozen=True, slots=True)
 class PrefillTile:
-    """How one launch divides its work: macros of prefill_common.cuh, and ``batch`` of prefill_nm.cu."""
+    """How one launch divides its work: macros of prefill_common.cuh, and ``batch`` of prefill_nm.cu.
+
+    ``splits`` 0: clusters share the tiles that are left behind whole rounds.
+    """
 
     n_tiles: int
     m_blocks: int
@@ -62,6 +67,27 @@ class PrefillTile:
     @property
     def threads(self) -> int:
         return 128 * (self.consumers + 1)
+
+    def tiles(self, rows: int, m: int) -> int:
+        """Tiles of the clusters of a product, ``splits`` aside."""
+        return -(-rows // (self.rows * self.cluster)) * -(-m // self.tokens)
+
+    def clusters(self, here: Gpu) -> int:
+        """That are resident at a time."""
+        return max(here.processors // (self.cluster * max(self.splits, 1)) * self.min_blocks, 1)
+
+    def shares(self, rows: int, m: int, here: Gpu) -> bool:
+        """Whether clusters share tiles: there are some left behind whole rounds."""
+        return self.splits == 0 and self.tiles(rows, m) % self.clusters(here) != 0
+
+    def serves(self, rows: int, columns: int, m: int, here: Gpu) -> bool:
+        """Whether the product is not cut into more parts than it has, or into those of another tile."""
+        return self.shares(rows, m, here) if self.splits == 0 else self.splits == 1 or self.splits * UNIT <= columns
+
+    def clocks(self, rows: int, m: int, here: Gpu, multiply: float, store: float) -> float:
+        """Of a launch whose blocks take ``multiply`` for all columns of a tile and ``store`` behind that."""
+        rounds = self.tiles(rows, m) / self.clusters(here)
+        return (math.ceil(rounds) if self.splits else rounds) * multiply / max(self.splits, 1) + math.ceil(rounds) * store
 
     def macros(self) -> dict[str, int]:
         return {
@@ -138,9 +164,9 @@ class _Params(ctypes.Structure):
         ("y_map", cuda.TensorMap),
         *((name, ctypes.c_void_p) for name in ("weight", "offsets", "bias", "residual", "y", "weight_scales", "x_scales")),
         *((name, ctypes.c_int) for name in ("m", "rows", "units", "relu", "depth", "y_vector")),
-        ("y_times", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("y_times", "workspace", "flags")),
         # The structure's alignment is that of a tensor map, and so its size a multiple of 64.
-        ("padding", ctypes.c_int * 10),
+        ("padding", ctypes.c_int * 6),
     )
 
 
@@ -152,9 +178,12 @@ def _function(source: PrefillSource, arch: str, element: torch.dtype, tile: Pref
 def _grid(tile: PrefillTile, rows: int, m: int, processors: int) -> tuple[int, int]:
     """Blocks along tiles (whole clusters that stay for several tiles, or one for each tile where splits add up) and splits."""
     clusters = -(-rows // (tile.rows * tile.cluster)) * -(-m // tile.tokens)
+    resident = max(processors * tile.min_blocks // tile.cluster, 1)
     if tile.splits == 1:
-        clusters = min(clusters, max(processors * tile.min_blocks // tile.cluster, 1))
-    return clusters * tile.cluster, tile.splits
+        clusters = min(clusters, resident)
+    if tile.splits == 0:
+        clusters = resident
+    return clusters * tile.cluster, max(tile.splits, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +244,10 @@ def run_prefill(source: PrefillSource, tile: PrefillTile, call: Call, levels: Le
     )
     function = _function(source, here.arch, x.dtype, tile)
     blocks = _grid(tile, rows, call.m, here.processors)
-    cluster = (tile.cluster, tile.splits)
+    if tile.shares(rows, call.m, here):
+        room = workspace(blocks[0], tile.rows * tile.tokens, x.device), flags(x.device)
+        params.workspace, params.flags = (t.data_ptr() for t in room)
+    cluster = (tile.cluster, max(tile.splits, 1))
     cuda.launch(function, blocks, tile.threads, source.shared_bytes(tile, depth), params, x.device.index, cluster=cluster, overlap=True)
     return y
 
@@ -227,12 +259,10 @@ def estimated_clocks(tile: PrefillTile, rows: int, columns: int, m: int, here: G
     activations; a step, eight of which are ``unit`` columns, has one for each block.
     """
     step = (tile.tokens / 2 + 60 + 55 * tile.tokens / tile.rows) * (tile.rows // 64)
-    tiles = -(-rows // (tile.rows * tile.cluster)) * tile.cluster * -(-m // tile.tokens) * tile.splits
-    resident = here.processors // (tile.cluster * tile.splits) * tile.cluster * tile.splits * tile.min_blocks
-    rounds = -(-tiles // min(tiles, resident))
-    store = tile.rows * tile.tokens / 12 * (2.5 if tile.splits > 1 else 1.0)
-    steps = -(-columns // UNIT) * UNIT * 8 / unit / tile.splits
-    return rounds * ((steps * step + store) * min(tile.min_blocks, -(-tiles // here.processors)) + 1500)
+    store = tile.rows * tile.tokens / 12 * (1.0 if tile.splits == 1 else 2.5)
+    steps = -(-columns // UNIT) * UNIT * 8 / unit
+    beside = min(tile.min_blocks, -(-tile.tiles(rows, m) * tile.cluster * max(tile.splits, 1) // here.processors))
+    return tile.clocks(rows, m, here, steps * step * beside, store * beside + 1500)
 
 
 def tile_of(config: Config) -> PrefillTile:
@@ -255,7 +285,7 @@ class WgmmaForm(Form):
 
     Attributes:
         source: the kernel.
-        tiles: what tuning measures, some fifteen at most.
+        tiles: what tuning measures, some twenty at most.
     """
 
     source: ClassVar[PrefillSource]
@@ -269,7 +299,7 @@ class WgmmaForm(Form):
         return estimated_clocks(tile, rows, columns, m, here)
 
     def configs(self, pattern: str, rows: int, columns: int, m: int, here: Gpu) -> Sequence[Config]:
-        able = [tile for tile in self.tiles if self.source.fits(tile, here) and (tile.splits == 1 or tile.splits * UNIT <= columns)]
+        able = [tile for tile in self.tiles if self.source.fits(tile, here) and tile.serves(rows, columns, m, here)]
         return [(self.name, *astuple(tile)) for tile in sorted(able, key=lambda tile: self.clocks(tile, rows, columns, m, here))]
 
     def understands(self, config: Config) -> bool:

@@ -1,0 +1,127 @@
+// Which units of which tiles a cluster of prefill_common.cuh goes through where SPLITS is 0, and how the sums of tiles that several of them
+// share meet. Needs that header's macros and structures before it.
+//
+// As many tiles as clusters, or twice as many ..., are whole ones of a cluster each. The units of those that are left, in a line, are cut
+// into equal ranges, one per cluster, so that no multiprocessor waits for others in a last round (stream-K, Osama et al. 2023,
+// "Stream-K: Work-centric Parallel Decomposition for Dense Matrix-Matrix Multiplication on the GPU", section 5.3). These come first. A
+// range is no longer than a tile, and so has the last units of one and the first of the next at most: the cluster that has a tile's last
+// unit adds what others have left of it. It multiplies the tile that it leaves to another before that, and waits for clusters before it
+// alone, which started earlier.
+//   workspace   [blocks][CONSUMERS][M_BLOCKS * N_TILES][128 threads] of four sums: what each block has left
+//   flags       [blocks][CONSUMERS], 0 before and after: 1 says that it is there
+#pragma once
+
+// What a cluster has of a tile that others share: units without the last one, which are left, or with it, which others join.
+struct Share {
+  int tile;
+  bool left, joined;
+};
+
+// Tiles and their units as a cluster takes them.
+struct Ranges {
+  int at, begin, rounds; // the tile at hand, and its units
+  int whole;             // the next tile of the cluster's own
+  u32 first, behind;     // what is left of its range
+
+  static __device__ __forceinline__ int clusters() { return gridDim.x / CLUSTER; }
+  static __device__ __forceinline__ int shared_tiles(const Params& p) { return Schedule::tiles_of(p) % clusters(); }
+  static __device__ __forceinline__ u32 end_of(const Params& p, int cluster) {
+    return (u32)(shared_tiles(p) * p.units) * (u32)(cluster + 1) / clusters();
+  }
+
+  __device__ __forceinline__ Ranges(const Params& p, int, int) {
+    const int own = blockIdx.x / CLUSTER;
+    whole = shared_tiles(p) + own;
+    first = own == 0 ? 0 : end_of(p, own - 1), behind = end_of(p, own);
+    advance(p);
+  }
+
+  __device__ __forceinline__ bool any(const Params& p) const { return at < Schedule::tiles_of(p); }
+
+  __device__ __forceinline__ void advance(const Params& p) {
+    if (behind > first) {
+      at = (behind - 1) / (u32)p.units;
+      const u32 start = at * p.units;
+      begin = max(first, start) - start, rounds = behind - start - begin;
+      behind = start + begin;
+    } else {
+      at = whole, begin = 0, rounds = p.units;
+      whole += clusters();
+    }
+  }
+
+  __device__ __forceinline__ void place(const Params& p, int& row, int& token) const {
+    Schedule tile(p, 0, 0);
+    tile.at = at;
+    tile.place(p, row, token);
+  }
+
+  __device__ __forceinline__ Share share(const Params& p) const {
+    const bool left = begin + rounds < p.units;
+    return {at, left, !left && begin > 0};
+  }
+};
+
+__device__ __forceinline__ u32 load_acquire(const u32* flag) {
+  u32 v;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(flag) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void store_release(u32* flag, u32 v) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(v) : "memory");
+}
+
+struct alignas(16) FourSums {
+  Sum v[4];
+};
+
+// Of a block's warpgroup.
+__device__ __forceinline__ uint4* sums_of(const Params& p, int block, u32 thread) {
+  return (uint4*)p.workspace + ((size_t)block * CONSUMERS + (thread >> 7)) * (M_BLOCKS * N_TILES * 128) + (thread & 127);
+}
+
+// Leaves a warpgroup's sums to the cluster that has the tile's last unit.
+__device__ __forceinline__ void leave_sums(const Params& p, u32 thread, const Sum (&d)[M_BLOCKS][N_TILES][4]) {
+  uint4* target = sums_of(p, blockIdx.x, thread);
+#pragma unroll
+  for (int i = 0; i < M_BLOCKS * N_TILES; ++i) {
+    const Sum(&s)[4] = d[i / N_TILES][i % N_TILES];
+    const FourSums four = {{s[0], s[1], s[2], s[3]}};
+    __stcg(target + i * 128, *(const uint4*)&four);
+  }
+  warpgroup_sync(thread);
+  if ((thread & 127) == 0) store_release(p.flags + blockIdx.x * CONSUMERS + (thread >> 7), 1);
+}
+
+// Adds what the clusters before this one have left of its tile `at`.
+__device__ __forceinline__ void add_sums(const Params& p, u32 thread, Sum (&d)[M_BLOCKS][N_TILES][4], int at) {
+  // As many reads under way as registers allow.
+  constexpr int FLIGHT = 4;
+  static_assert(M_BLOCKS * N_TILES % FLIGHT == 0, "reads come in whole turns");
+  for (int other = blockIdx.x / CLUSTER - 1; other >= 0 && Ranges::end_of(p, other) > (u32)(at * p.units); --other) {
+    const int block = other * CLUSTER + blockIdx.x % CLUSTER;
+    u32* flag = p.flags + block * CONSUMERS + (thread >> 7);
+    if ((thread & 127) == 0)
+      while (load_acquire(flag) == 0) {
+      }
+    warpgroup_sync(thread);
+    const uint4* source = sums_of(p, block, thread);
+#pragma unroll
+    for (int i = 0; i < M_BLOCKS * N_TILES; i += FLIGHT) {
+      uint4 read[FLIGHT];
+#pragma unroll
+      for (int f = 0; f < FLIGHT; ++f)
+        read[f] = __ldcg(source + (i + f) * 128);
+#pragma unroll
+      for (int f = 0; f < FLIGHT; ++f) {
+        const FourSums four = *(const FourSums*)&read[f];
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          d[(i + f) / N_TILES][(i + f) % N_TILES][j] += four.v[j];
+      }
+    }
+    warpgroup_sync(thread);
+    if ((thread & 127) == 0) *flag = 0;
+  }
+}
