@@ -25,14 +25,15 @@ struct Ranges {
 
   static __device__ __forceinline__ int clusters() { return gridDim.x / CLUSTER; }
   static __device__ __forceinline__ int shared_tiles(const Params& p) { return Schedule::tiles_of(p) % clusters(); }
-  static __device__ __forceinline__ u32 end_of(const Params& p, int cluster) {
-    return (u32)(shared_tiles(p) * p.units) * (u32)(cluster + 1) / clusters();
+  // Where the range of a cluster begins, and that of the one before it ends. Units may be fewer than clusters.
+  static __device__ __forceinline__ u32 begin_of(const Params& p, int cluster) {
+    return (u32)(shared_tiles(p) * p.units) * (u32)cluster / clusters();
   }
 
   __device__ __forceinline__ Ranges(const Params& p, int, int) {
     const int own = blockIdx.x / CLUSTER;
     whole = shared_tiles(p) + own;
-    first = own == 0 ? 0 : end_of(p, own - 1), behind = end_of(p, own);
+    first = begin_of(p, own), behind = begin_of(p, own + 1);
     advance(p);
   }
 
@@ -99,7 +100,8 @@ __device__ __forceinline__ void add_sums(const Params& p, u32 thread, Sum (&d)[M
   // As many reads under way as registers allow.
   constexpr int FLIGHT = 4;
   static_assert(M_BLOCKS * N_TILES % FLIGHT == 0, "reads come in whole turns");
-  for (int other = blockIdx.x / CLUSTER - 1; other >= 0 && Ranges::end_of(p, other) > (u32)(at * p.units); --other) {
+  for (int other = blockIdx.x / CLUSTER - 1; other >= 0 && Ranges::begin_of(p, other + 1) > (u32)(at * p.units); --other) {
+    if (Ranges::begin_of(p, other) == Ranges::begin_of(p, other + 1)) continue;
     const int block = other * CLUSTER + blockIdx.x % CLUSTER;
     u32* flag = p.flags + block * CONSUMERS + (thread >> 7);
     if ((thread & 127) == 0)
