@@ -115,8 +115,10 @@ struct alignas(64) Params {
   int y_vector; // y and residual are 16-byte aligned and rows is a multiple of 8
 
   const float* y_times; // (m,), readable as x_scales are, the inverses of y's scales where y is levels; then it is reached by its map alone
-  void* workspace;      // of RANGES, see there
+  // Of RANGES, see there.
+  void* workspace;
   u32* flags;
+  int sharers; // clusters that share a tile, at most on average
 };
 
 // All of a block's shared memory.
@@ -320,6 +322,10 @@ __device__ __forceinline__ void consume(const Params& p, int begin, int rounds) 
     reduce_and_store(p, (const float*)dynamic, row, token);
     return;
 #else
+#if RANGES
+    // Before the next operands take the registers that reads need.
+    if (share.joined) add_sums(p, thread, d, share.tile);
+#endif
     if (more) weights.start(p, row / 16 + fragment(thread), tiles.begin);
     const Bias own = bias;
     if (BIAS_FIRST && more) bias.load(p, thread, row + above(thread));
@@ -330,7 +336,6 @@ __device__ __forceinline__ void consume(const Params& p, int begin, int rounds) 
       if (more) continue;
       return;
     }
-    if (share.joined) add_sums(p, thread, d, share.tile);
 #endif
 #if OUT_LEVELS
     store_levels(p, thread, staging, d, own, done_row, done_token);

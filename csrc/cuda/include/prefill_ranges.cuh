@@ -2,11 +2,11 @@
 // share meet. Needs that header's macros and structures before it.
 //
 // As many tiles as clusters, or twice as many ..., are whole ones of a cluster each. The units of those that are left, in a line, are cut
-// into equal ranges, one per cluster, so that no multiprocessor waits for others in a last round (stream-K, Osama et al. 2023,
-// "Stream-K: Work-centric Parallel Decomposition for Dense Matrix-Matrix Multiplication on the GPU", section 5.3). These come first. A
-// range is no longer than a tile, and so has the last units of one and the first of the next at most: the cluster that has a tile's last
-// unit adds what others have left of it. It multiplies the tile that it leaves to another before that, and waits for clusters before it
-// alone, which started earlier.
+// into equal ranges, one per cluster where that is not too many, so that no multiprocessor waits for others in a last round (stream-K,
+// Osama et al. 2023, "Stream-K: Work-centric Parallel Decomposition for Dense Matrix-Matrix Multiplication on the GPU", section 5.3). These
+// come first. A range is no longer than a tile, and so has the last units of one and the first of the next at most: the cluster that has a
+// tile's last unit adds what others have left of it. It multiplies the tile that it leaves to another before that, and waits for clusters
+// before it alone, which started earlier.
 //   workspace   [blocks][CONSUMERS][M_BLOCKS * N_TILES][128 threads] of four sums: what each block has left
 //   flags       [blocks][CONSUMERS], 0 before and after: 1 says that it is there
 #pragma once
@@ -25,9 +25,11 @@ struct Ranges {
 
   static __device__ __forceinline__ int clusters() { return gridDim.x / CLUSTER; }
   static __device__ __forceinline__ int shared_tiles(const Params& p) { return Schedule::tiles_of(p) % clusters(); }
-  // Where the range of a cluster begins, and that of the one before it ends. Units may be fewer than clusters.
+  // Where the range of a cluster begins, and that of the one before it ends. Units may be fewer than clusters, and the last clusters may
+  // have none: who joins many shares waits longer for their sums than they take to multiply.
   static __device__ __forceinline__ u32 begin_of(const Params& p, int cluster) {
-    return (u32)(shared_tiles(p) * p.units) * (u32)cluster / clusters();
+    const int shared = shared_tiles(p), ranges = max(min(clusters(), shared * p.sharers), 1);
+    return (u32)(shared * p.units) * (u32)min(cluster, ranges) / ranges;
   }
 
   __device__ __forceinline__ Ranges(const Params& p, int, int) {
@@ -97,8 +99,8 @@ __device__ __forceinline__ void leave_sums(const Params& p, u32 thread, const Su
 
 // Adds what the clusters before this one have left of its tile `at`.
 __device__ __forceinline__ void add_sums(const Params& p, u32 thread, Sum (&d)[M_BLOCKS][N_TILES][4], int at) {
-  // As many reads under way as registers allow.
-  constexpr int FLIGHT = 4;
+  // As many reads under way as registers allow: L2 is far.
+  constexpr int FLIGHT = M_BLOCKS * N_TILES % 16 == 0 ? 16 : 12;
   static_assert(M_BLOCKS * N_TILES % FLIGHT == 0, "reads come in whole turns");
   for (int other = blockIdx.x / CLUSTER - 1; other >= 0 && Ranges::begin_of(p, other + 1) > (u32)(at * p.units); --other) {
     if (Ranges::begin_of(p, other) == Ranges::begin_of(p, other + 1)) continue;

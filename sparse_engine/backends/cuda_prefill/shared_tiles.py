@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import torch
 from torch import Tensor
 
-__all__ = ["flags", "workspace"]
+__all__ = ["flags", "sharers", "workspace"]
 
 _FLAGS = 1024
 """Of one launch: more than a GPU has resident warpgroups that multiply."""
 _CHUNK = 512
+_JOIN_UNITS = 0.7
+"""Reading a share's sums takes as long as so many units."""
+
+
+def sharers(units: int) -> int:
+    """Clusters that should share a tile of so many units: further ones take as long to join as to multiply what they take over.
+
+    With sums of one to join behind those of the other, units / s + w (s - 1) is least at the root of units / w.
+    """
+    return max(2, round(math.sqrt(units / _JOIN_UNITS)))
 
 
 def workspace(blocks: int, tile_elements: int, device: torch.device) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from sparse_engine import cuda
 from sparse_engine.backends.cuda_decode import UNIT, Gpu, gpu
 from sparse_engine.backends.cuda_prefill import Call, Compilations, Form
-from sparse_engine.backends.cuda_prefill.shared_tiles import flags, workspace
+from sparse_engine.backends.cuda_prefill.shared_tiles import flags, sharers, workspace
 from sparse_engine.errors import KernelUnavailableError
 from sparse_engine.registry import Config
 
@@ -165,8 +165,9 @@ class _Params(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("weight", "offsets", "bias", "residual", "y", "weight_scales", "x_scales")),
         *((name, ctypes.c_int) for name in ("m", "rows", "units", "relu", "depth", "y_vector")),
         *((name, ctypes.c_void_p) for name in ("y_times", "workspace", "flags")),
+        ("sharers", ctypes.c_int),
         # The structure's alignment is that of a tensor map, and so its size a multiple of 64.
-        ("padding", ctypes.c_int * 6),
+        ("padding", ctypes.c_int * 5),
     )
 
 
@@ -247,6 +248,7 @@ def run_prefill(source: PrefillSource, tile: PrefillTile, call: Call, levels: Le
     if tile.shares(rows, call.m, here):
         room = workspace(blocks[0], tile.rows * tile.tokens, x.device), flags(x.device)
         params.workspace, params.flags = (t.data_ptr() for t in room)
+        params.sharers = sharers(units)
     cluster = (tile.cluster, max(tile.splits, 1))
     cuda.launch(function, blocks, tile.threads, source.shared_bytes(tile, depth), params, x.device.index, cluster=cluster, overlap=True)
     return y
