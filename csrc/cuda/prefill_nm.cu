@@ -9,9 +9,6 @@
 // slower.
 #include "prefill_common.cuh"
 
-#ifndef L2_AHEAD
-#define L2_AHEAD 0
-#endif
 #define STEPS 8
 // Uint4 of one row tile's unit.
 #define UNIT_QUADS ((1 + STEPS) * 32)
@@ -42,15 +39,7 @@ struct Weights {
   u32 positions[PARITIES][M_BLOCKS][4];
   __device__ __forceinline__ Weights(const Params&, u32, int, int, int) {}
 
-  // Asks for a unit of the block's row tiles, some units ahead, into L2: where few activation rows leave weights to be read from memory
-  // once, operands would come too late into registers.
-  static __device__ __forceinline__ void produce(const Params& p, u32, u32, int tile, int stage) {
-#if L2_AHEAD
-    const int i = threadIdx.x & 31, unit = stage / (UNIT / STAGE_COLUMNS) + L2_AHEAD;
-    if (stage % (UNIT / STAGE_COLUMNS) == 0 && i < TILE_FRAGMENTS && unit < p.units)
-      asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(unit_of(p, tile + i, unit)), "r"(UNIT_QUADS * 16) : "memory");
-#endif
-  }
+  static __device__ __forceinline__ void produce(const Params&, u32, u32, int, int) {}
 
 #if PARITIES == 2
   // Positions of the unit at hand, or of the one `ahead`, which has the other set of registers.

@@ -42,6 +42,8 @@ _VALUES, _POSITIONS = BLOCK * _STAGE // 2, BLOCK * _STAGE // 8
 
 @dataclass(frozen=True, slots=True)
 class EightBitSource(PrefillSource):
+    join_units: ClassVar[float] = 4.5
+
     def tensor_stores(self, tile: PrefillTile) -> bool:
         return True
 

@@ -322,10 +322,6 @@ __device__ __forceinline__ void consume(const Params& p, int begin, int rounds) 
     reduce_and_store(p, (const float*)dynamic, row, token);
     return;
 #else
-#if RANGES
-    // Before the next operands take the registers that reads need.
-    if (share.joined) add_sums(p, thread, d, share.tile);
-#endif
     if (more) weights.start(p, row / 16 + fragment(thread), tiles.begin);
     const Bias own = bias;
     if (BIAS_FIRST && more) bias.load(p, thread, row + above(thread));
@@ -336,6 +332,7 @@ __device__ __forceinline__ void consume(const Params& p, int begin, int rounds) 
       if (more) continue;
       return;
     }
+    if (share.joined) add_sums(p, thread, staging, d, share.tile);
 #endif
 #if OUT_LEVELS
     store_levels(p, thread, staging, d, own, done_row, done_token);

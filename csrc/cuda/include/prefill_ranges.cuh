@@ -97,11 +97,15 @@ __device__ __forceinline__ void leave_sums(const Params& p, u32 thread, const Su
   if ((thread & 127) == 0) store_release(p.flags + blockIdx.x * CONSUMERS + (thread >> 7), 1);
 }
 
-// Adds what the clusters before this one have left of its tile `at`.
-__device__ __forceinline__ void add_sums(const Params& p, u32 thread, Sum (&d)[M_BLOCKS][N_TILES][4], int at) {
-  // As many reads under way as registers allow: L2 is far.
-  constexpr int FLIGHT = M_BLOCKS * N_TILES % 16 == 0 ? 16 : 12;
-  static_assert(M_BLOCKS * N_TILES % FLIGHT == 0, "reads come in whole turns");
+// Adds what the clusters before this one have left of its tile `at`. Sums pass through the warpgroup's place for those on their way to y,
+// as many at a time as that holds: registers have no room for enough of them under way, and L2 is far.
+__device__ __forceinline__ void add_sums(const Params& p, u32 thread, u32 staging, Sum (&d)[M_BLOCKS][N_TILES][4], int at) {
+  constexpr int COUNT = M_BLOCKS * N_TILES, GROUP = 4, DEPTH = STAGING_BYTES / (GROUP * 128 * 16);
+  static_assert(COUNT % GROUP == 0 && DEPTH > 0, "sums come in whole groups");
+  const u32 own = staging + (thread & 127) * 16;
+#if TENSOR_STORES
+  if ((thread & 127) == 0) wait_stores<0>();
+#endif
   for (int other = blockIdx.x / CLUSTER - 1; other >= 0 && Ranges::begin_of(p, other + 1) > (u32)(at * p.units); --other) {
     if (Ranges::begin_of(p, other) == Ranges::begin_of(p, other + 1)) continue;
     const int block = other * CLUSTER + blockIdx.x % CLUSTER;
@@ -111,19 +115,31 @@ __device__ __forceinline__ void add_sums(const Params& p, u32 thread, Sum (&d)[M
       }
     warpgroup_sync(thread);
     const uint4* source = sums_of(p, block, thread);
+    const auto fetch = [&](int group) {
+      if (group < COUNT / GROUP)
 #pragma unroll
-    for (int i = 0; i < M_BLOCKS * N_TILES; i += FLIGHT) {
-      uint4 read[FLIGHT];
+        for (int i = 0; i < GROUP; ++i)
+          copy_vector(own + (group % DEPTH * GROUP + i) * 2048, source + (group * GROUP + i) * 128);
+      asm volatile("cp.async.commit_group;" ::: "memory");
+    };
 #pragma unroll
-      for (int f = 0; f < FLIGHT; ++f)
-        read[f] = __ldcg(source + (i + f) * 128);
+    for (int group = 0; group < DEPTH; ++group)
+      fetch(group);
 #pragma unroll
-      for (int f = 0; f < FLIGHT; ++f) {
-        const FourSums four = *(const FourSums*)&read[f];
+    for (int group = 0; group < COUNT / GROUP; ++group) {
+      // A thread reads what it has copied itself.
+      asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 1) : "memory");
+#pragma unroll
+      for (int i = 0; i < GROUP; ++i) {
+        const int place = group * GROUP + i;
+        u32 read[4];
+        load_shared_x4(own + (group % DEPTH * GROUP + i) * 2048, read);
+        const FourSums four = *(const FourSums*)&read;
 #pragma unroll
         for (int j = 0; j < 4; ++j)
-          d[(i + f) / N_TILES][(i + f) % N_TILES][j] += four.v[j];
+          d[place / N_TILES][place % N_TILES][j] += four.v[j];
       }
+      fetch(group + DEPTH);
     }
     warpgroup_sync(thread);
     if ((thread & 127) == 0) *flag = 0;

@@ -27,6 +27,8 @@ _SLOTS, _BATCH = 2, 2
 class UnitSource(PrefillSource):
     """Every consumer warp has slots for units of its row tile, behind the frame's shared memory."""
 
+    join_units: ClassVar[float] = 0.8
+
     def stores(self, tile: PrefillTile) -> int:
         return 2
 

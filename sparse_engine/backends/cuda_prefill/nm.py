@@ -35,7 +35,6 @@ class SparseWgmmaForm(WgmmaForm):
         PrefillTile(8, 1, 2, 6, 1, splits=4),
         PrefillTile(8, 1, 2, 4, 1, min_blocks=2),
         PrefillTile(32, 1, 2, 5, 2, splits=0),
-        PrefillTile(32, 1, 2, 5, 1, splits=0),
         PrefillTile(24, 1, 2, 6, 2, splits=0),
         PrefillTile(16, 1, 2, 6, 1, splits=0),
     )

@@ -13,16 +13,14 @@ __all__ = ["flags", "sharers", "workspace"]
 _FLAGS = 1024
 """Of one launch: more than a GPU has resident warpgroups that multiply."""
 _CHUNK = 512
-_JOIN_UNITS = 0.7
-"""Reading a share's sums takes as long as so many units."""
 
 
-def sharers(units: int) -> int:
-    """Clusters that should share a tile of so many units: further ones take as long to join as to multiply what they take over.
+def sharers(units: int, join_units: float) -> int:
+    """Clusters that should share a tile of so many units: further ones take longer to join than to multiply what they take over.
 
-    With sums of one to join behind those of the other, units / s + w (s - 1) is least at the root of units / w.
+    Joined one behind the other, s of them take the time of units / s + join_units (s - 1), which is least at the root of the quotient.
     """
-    return max(2, round(math.sqrt(units / _JOIN_UNITS)))
+    return max(2, int(math.sqrt(units / join_units)))
 
 
 def workspace(blocks: int, tile_elements: int, device: torch.device) -> Tensor:

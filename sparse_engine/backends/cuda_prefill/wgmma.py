@@ -104,11 +104,16 @@ class PrefillTile:
 
 @dataclass(frozen=True, slots=True)
 class PrefillSource:
-    """A kernel ``function`` of csrc/cuda/``file``, compiled with ``macros`` and a tile's."""
+    """A kernel ``function`` of csrc/cuda/``file``, compiled with ``macros`` and a tile's.
+
+    Attributes:
+        join_units: units that are multiplied in the time that it takes to join the sums of a tile's other sharers, for each.
+    """
 
     file: str
     function: str
     macros: tuple[tuple[str, int], ...] = ()
+    join_units: ClassVar[float] = 2.3
 
     def stores(self, tile: PrefillTile) -> int:
         """Chunks of sums that a warpgroup may have on their way to y, as many as there is room for; of 2, threads write them."""
@@ -248,7 +253,7 @@ def run_prefill(source: PrefillSource, tile: PrefillTile, call: Call, levels: Le
     if tile.shares(rows, call.m, here):
         room = workspace(blocks[0], tile.rows * tile.tokens, x.device), flags(x.device)
         params.workspace, params.flags = (t.data_ptr() for t in room)
-        params.sharers = sharers(units)
+        params.sharers = sharers(units, source.join_units)
     cluster = (tile.cluster, max(tile.splits, 1))
     cuda.launch(function, blocks, tile.threads, source.shared_bytes(tile, depth), params, x.device.index, cluster=cluster, overlap=True)
     return y
