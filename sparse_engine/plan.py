@@ -18,7 +18,7 @@ SLACK = 1.04
 """A kernel within this factor of the fastest is as good as the fastest: measured times scatter as much from run to run, and a layout more
 is the layer's bytes once more. For more rows than a decode step has, the factor is :data:`registry.PROMPT_GAIN`."""
 
-PROMPT_MOST = 1.25
+PROMPT_MOST = 1.2
 """No prompt's product takes longer by more than this factor than by a kernel that would need a layout of its own."""
 
 

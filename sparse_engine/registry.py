@@ -52,9 +52,9 @@ ESTIMATE = "estimate"
 DENSE_GAIN = 1.02
 """A dense copy must be faster than the best packed kernel by more than this factor."""
 
-PROMPT_GAIN = 1.15
+PROMPT_GAIN = 1.08
 """The same for more rows than a decode step has: a prompt is read once, and a weight that lies in memory twice for it is no smaller than
-the dense one."""
+the dense one. By this much 4:8 prompts of wide models take 3 % longer than dense ones, over all lengths and layers, on an H200."""
 
 DECODE_ROWS = 128
 """Most rows of a decode step."""

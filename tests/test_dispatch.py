@@ -17,9 +17,9 @@ from sparse_engine.errors import InputError, KernelUnavailableError
 from sparse_engine.formats.base import PackedWeight
 from sparse_engine.mask import Mask
 from sparse_engine.pattern import SparsityPattern
-from sparse_engine.plan import fewest_layouts, held_nbytes, kernels_for
+from sparse_engine.plan import PROMPT_MOST, fewest_layouts, held_nbytes, kernels_for
 from sparse_engine.policy import UNLIMITED, Policy
-from sparse_engine.registry import ROW_BUCKETS, Problem
+from sparse_engine.registry import PROMPT_GAIN, ROW_BUCKETS, Problem
 from sparse_engine.tuning import Entry, Measured
 
 GPU = "Test GPU 9000"
@@ -225,14 +225,14 @@ def test_prompts_alone_must_gain_more_from_a_layout_of_their_own(kernel: str) ->
         return {step.kernel.name for step in steps if step.rows > 128}
 
     # Little for prompts of all lengths, then much.
-    for packed, expected in ((11.4, "packed"), (11.6, kernel)):
+    for packed, expected in ((10.0 * PROMPT_GAIN - 0.1, "packed"), (10.0 * PROMPT_GAIN + 0.1, kernel)):
         for rows in prompts:
             measure(rows, packed=packed, **{"dense": 20.0, "other": 30.0} | {kernel: 10.0})
         assert of_prompts() == {expected}
     # Much for some lengths, nothing for others; then so much for one that it is worth the layout.
     for rows in prompts[1:]:
         measure(rows, packed=10.0, **{kernel: 20.0})
-    for packed, expected in ((12.4, {"packed"}), (12.6, {"packed", kernel})):
+    for packed, expected in ((10.0 * PROMPT_MOST - 0.1, {"packed"}), (10.0 * PROMPT_MOST + 0.1, {"packed", kernel})):
         measure(prompts[0], packed=packed)
         assert of_prompts() == expected
 

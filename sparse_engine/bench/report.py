@@ -99,8 +99,10 @@ WIDTHS: dict[str, Callable[[Row], bool]] = {
 
 def by_rows(rows: list[Row]) -> str:
     """Geometric means on a GPU for each number of rows: speed-up over torch's dense linear, over the best dense product in brackets, and
-    the limit's share of the time; then the medians of the clock and the power beside them."""
+    the limit's share of the time; of 8-bit values also where activations come as levels (and leave as such, where that was measured);
+    then the medians of the clock and the power beside them."""
     columns = _columns(rows)
+    levelled = [column for column in columns if any(_of_levels(row) for row in rows if (row["pattern"], row["values"]) == column)]
     body = []
     for m in sorted(unique(rows, "m")):
         for name, belongs in WIDTHS.items():
@@ -108,10 +110,23 @@ def by_rows(rows: list[Row]) -> str:
             if not of_class:
                 continue
             cells = [[row for row in of_class if (row["pattern"], row["values"]) == column] for column in columns]
+            given = [[row for row in of_class if (row["pattern"], row["values"]) == column] for column in levelled]
             conditions = [_median(of_class, "sm_mhz", "MHz"), _median(of_class, "power_w", "W")]
-            body.append([f"M = {m}, {name}", *(_speed(cell) + _share(cell) for cell in cells), _versus_cusparselt(of_class), *conditions])
-    heading = ["geometric means", *(f"{pattern} {values}" for pattern, values in columns), "2:4 over searched cuSPARSELt", "clock", "power"]
-    return table(heading, body)
+            speeds = [*(_speed(cell) + _share(cell) for cell in cells), *map(_speed_of_levels, given)]
+            body.append([f"M = {m}, {name}", *speeds, _versus_cusparselt(of_class), *conditions])
+    names = [*(f"{pattern} {values}" for pattern, values in columns), *(f"{pattern} {values} of levels" for pattern, values in levelled)]
+    return table(["geometric means", *names, "2:4 over searched cuSPARSELt", "clock", "power"], body)
+
+
+def _of_levels(row: Row) -> float | None:
+    """Microseconds of the product whose activations are levels already."""
+    found: float | None = row.get("levels_to_levels_us") or row.get("of_levels_us")
+    return found
+
+
+def _speed_of_levels(rows: list[Row]) -> str:
+    ratios = [row["dense_us"] / us for row in rows if (us := _of_levels(row)) is not None]
+    return f"{geometric_mean(ratios):.2f}×" if ratios else "–"
 
 
 def _median(rows: list[Row], name: str, unit: str) -> str:
