@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
+import torch
+from cuda_products import nvcc
 from sanitizer import run_clean
+
+from sparse_engine.backends import cuda_row_stream
+from sparse_engine.backends.cuda_nm_8bit import TILES, TO_LEVELS
 
 PRODUCTS = """
 import ast, sys
@@ -150,6 +156,15 @@ for shape, m in (((200, 1288), 300), ((72, 520), 3)):
 torch.cuda.synchronize()
 print("ran:", ran)
 """
+
+
+def test_what_race_checks_look_at_compiles(tmp_path: Path) -> None:
+    """Kernels whose warps arrive lane by lane, alone and in clusters."""
+    rows = cuda_row_stream.row_of("2:4", 1024, 4, 2, 2, 1, 4, 2)
+    forms = [(cuda_row_stream.SOURCE, rows.macros(torch.bfloat16))]
+    forms += [(TO_LEVELS.file, dict(TO_LEVELS.all_macros(tile, torch.bfloat16))) for tile in (TILES[0], TILES[-2])]
+    for file, macros in forms:
+        assert "0 bytes gmem" in nvcc("90a", file, macros | {"EVERY_LANE_ARRIVES": 1}, tmp_path)
 
 
 @pytest.mark.gpu
