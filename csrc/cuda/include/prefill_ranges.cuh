@@ -10,6 +10,7 @@
 //   workspace   [blocks][CONSUMERS][M_BLOCKS * N_TILES][128 threads] of four sums: what each block has left
 //   flags       [blocks][CONSUMERS], 0 before and after: 1 says that it is there
 #pragma once
+#include "flags.cuh"
 
 // What a cluster has of a tile that others share: units without the last one, which are left, or with it, which others join.
 struct Share {
@@ -64,16 +65,6 @@ struct Ranges {
     return {at, left, !left && begin > 0};
   }
 };
-
-__device__ __forceinline__ u32 load_acquire(const u32* flag) {
-  u32 v;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(flag) : "memory");
-  return v;
-}
-
-__device__ __forceinline__ void store_release(u32* flag, u32 v) {
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(v) : "memory");
-}
 
 struct alignas(16) FourSums {
   Sum v[4];

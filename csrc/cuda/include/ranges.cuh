@@ -6,6 +6,7 @@
 // to the first, so that the sums another one needs come first, and only waits for clusters before it, which started earlier.
 //   workspace behind the image of x: a flag for each warp of the grid, cleared by arrange.cu, then its sums [N_TILES][32 lanes] float4
 #pragma once
+#include "flags.cuh"
 
 // The blocks of a cluster meet; what they wrote is not promised to be seen.
 __device__ __forceinline__ void meet() {
@@ -66,16 +67,6 @@ struct Sequence {
     if (++now.first == now.last) enter(p);
   }
 };
-
-__device__ __forceinline__ u32 load_acquire(const u32* flag) {
-  u32 v;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(flag) : "memory");
-  return v;
-}
-
-__device__ __forceinline__ void store_release(u32* flag, u32 v) {
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(v) : "memory");
-}
 
 // Makes y of a warp's sums over a segment, or a part that another cluster adds to its own.
 __device__ __forceinline__ void finish_segment(const Params& p, float (&d)[N_TILES][4], const Segment& segment) {
