@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_engine.backends.cuda_prefill.shared_tiles import flags_of
 from sparse_engine.registry import Layout
 
 __all__ = ["Product", "Replay", "copies_of", "take_turns", "warm_up"]
@@ -76,8 +77,9 @@ class Replay:
             self.count = len(products) * -(-least // len(products))
             self._graph.capture_begin(*(() if pool is None else (pool,)))
             try:
-                for i in range(self.count):
-                    products[i % len(products)]()
+                with flags_of(self._graph):
+                    for i in range(self.count):
+                        products[i % len(products)]()
             finally:
                 self._graph.capture_end()
 

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from sparse_engine.backends.cuda_prefill.shared_tiles import flags_of
+
 __all__ = ["captured"]
 
 T = TypeVar("T")
@@ -24,6 +26,6 @@ def captured(run: Callable[[], T], first: Callable[[], object], device: torch.de
         first()
     here.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
+    with torch.cuda.device(device), flags_of(graph), torch.cuda.graph(graph, pool=pool, stream=stream):
         given = run()
     return graph, given

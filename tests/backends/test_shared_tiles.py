@@ -48,6 +48,65 @@ def test_rounds_that_are_not_whole_are_shared() -> None:
     assert shared == pytest.approx(80 / 66 * 1e5 + 2 * 1e3)
 
 
+class Place:
+    """Stands for where launches go: a stream, which may be captured."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.cuda_stream, self.captured = 1, False
+        self.flags = shared_tiles._Flags(torch.device("cpu"))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.captured)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(shared_tiles, "_of_device", lambda index: self.flags)
+
+    def synchronize(self) -> None: ...
+
+    def launch(self, stream: int, *, captured: bool = False) -> int:
+        self.cuda_stream, self.captured = stream, captured
+        found = shared_tiles.flags()
+        assert not found.any()
+        return found.data_ptr()
+
+
+def test_who_may_run_at_the_same_time_has_flags_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place(monkeypatch)
+    eager = [place.launch(1), place.launch(2)]
+    assert len(set(eager)) == 2
+    assert [place.launch(1), place.launch(2)] == eager, "launches of a stream come one behind the other"
+    alone = [place.launch(1, captured=True) for _ in range(2)]
+    assert len({*eager, *alone}) == 4, "nobody knows what a captured launch runs beside"
+    spare = len(place.flags.spare)
+
+    class Graph: ...
+
+    graphs, taken = [Graph(), Graph()], []
+    for graph in graphs:
+        with shared_tiles.flags_of(graph):
+            taken.append([place.launch(stream, captured=True) for stream in (1, 1, 3)])
+    for one, two, other in taken:
+        assert one == two != other
+    assert len({*eager, *alone, *taken[0], *taken[1]}) == 8
+    assert len(place.flags.spare) == spare - 4
+    graphs.clear()
+    del graph
+    assert len(place.flags.spare) == spare, "a graph that is gone needs none"
+
+
+def test_a_graph_without_spare_flags_clears_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place(monkeypatch)
+
+    class Graph: ...
+
+    graph = Graph()
+    with shared_tiles.flags_of(graph):
+        place.launch(1, captured=True)
+        place.launch(1, captured=True)
+    del graph
+    assert place.flags.spare == []
+    place.launch(1)
+    assert len(place.flags.spare) == 511
+
+
 @pytest.mark.parametrize(("kind", "tile"), CASES, ids=str)
 def test_they_compile_without_spills(kind: str, tile: PrefillTile, tmp_path: Path) -> None:
     source = SOURCES[kind][1]
@@ -105,7 +164,7 @@ def test_products_match_fp64(kind: str, tile: PrefillTile, rows: int, columns: i
         first = y if first is None else first
         assert torch.equal(y, first), "sums are added in one order"
     torch.cuda.synchronize()
-    of_stream = shared_tiles._of_device(x.device).of_stream
+    of_stream = shared_tiles._of_device(torch.cuda.current_device()).of_stream
     assert of_stream
     assert not any(flags.any() for flags in of_stream.values()), "whoever reads sums clears their flag"
 

@@ -251,7 +251,7 @@ def run_prefill(source: PrefillSource, tile: PrefillTile, call: Call, levels: Le
     function = _function(source, here.arch, x.dtype, tile)
     blocks = _grid(tile, rows, call.m, here.processors)
     if tile.shares(rows, call.m, here):
-        room = workspace(blocks[0], tile.rows * tile.tokens, x.device), flags(x.device)
+        room = workspace(blocks[0], tile.rows * tile.tokens, x.device), flags()
         params.workspace, params.flags = (t.data_ptr() for t in room)
         params.sharers = sharers(units, source.join_units)
     cluster = (tile.cluster, max(tile.splits, 1))
