@@ -199,6 +199,13 @@ def _product(tile: PrefillTile | None, call: Call, scales: Tensor, tokens: Token
         return run_prefill(TO_LEVELS, chosen, call, replace(levels, y=left, y_times=tokens.ahead[1]))
 
 
+def _call_of(tokens: TokenLevels, layout: Layout, bias: Tensor | None, residual: Tensor | None, relu: bool) -> Call:
+    """A product of ``tokens``, whose x has their shape and type, and no memory."""
+    rows, columns, _ = layout["extent"].shape
+    x = tokens.scales.new_empty(1, dtype=tokens.dtype).expand(tokens.values.shape)
+    return Call("2:4", x, layout["weight"], bias, residual, rows, columns, relu)
+
+
 def _linear(
     x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None, rows: int, columns: int, relu: bool
 ) -> Tensor:
@@ -292,9 +299,7 @@ class CudaNM8BitKernel(Kernel):
         relu: bool = False,
         residual: Tensor | None = None,
     ) -> Tensor:
-        rows, columns, _ = layout["extent"].shape
-        x = tokens.scales.new_empty(1, dtype=tokens.dtype).expand(tokens.values.shape)
-        return _product(None, Call("2:4", x, layout["weight"], bias, residual, rows, columns, relu), layout["scales"], tokens)
+        return _product(None, _call_of(tokens, layout, bias, residual, relu), layout["scales"], tokens)
 
     def relu_norm(self, layout: Layout) -> Tensor | None:
         return layout.get("norm")
@@ -309,10 +314,9 @@ class CudaNM8BitKernel(Kernel):
     def relu_levels(self, tokens: TokenLevels, layout: Layout, bias: Tensor | None, pattern: SparsityPattern) -> TokenLevels:
         if tokens.ahead is None:
             raise InputError("the activations come without scales for what is left behind a ReLU; make them with a relu_bound")
-        rows, columns, _ = layout["extent"].shape
-        made = new_levels(len(tokens), rows, _FLOATS, tokens.dtype, tokens.values.device)
-        x = tokens.scales.new_empty(1, dtype=tokens.dtype).expand(tokens.values.shape)
-        _product(None, Call("2:4", x, layout["weight"], bias, None, rows, columns, True), layout["scales"], tokens, made.values)
+        call = _call_of(tokens, layout, bias, None, True)
+        made = new_levels(call.m, call.rows, _FLOATS, tokens.dtype, tokens.values.device)
+        _product(None, call, layout["scales"], tokens, made.values)
         return replace(made, scales=tokens.ahead[0])
 
     def rows_of(self, layout: Layout, begin: int, end: int) -> Layout | None:

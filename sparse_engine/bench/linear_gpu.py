@@ -186,16 +186,14 @@ def _measure_shape(
                 calls = [partial(one.run, x, held, bias, packed.pattern) for held in layouts[one.name]]
                 replays[f"kernel {one.name}"] = Replay(calls, pool)
             if (element := kernel.levels_of(layouts[kernel.name][0])) is not None:
-                tokens = levels_of_rows(x, element)
+                norm = kernel.relu_norm(layouts[kernel.name][0])
+                tokens = levels_of_rows(x, element, None if norm is None else relu_bound(norm, bias))
                 calls = [partial(kernel.run_levels, tokens, held, bias, packed.pattern) for held in layouts[kernel.name]]
                 replays[_OF_LEVELS] = Replay(calls, pool)
-            # Behind fc1 is a ReLU, and fc2 multiplies what that leaves.
-            if layer == "fc1" and kernel.leaves_levels(layouts[kernel.name][0], m, dtype):
-                norm = kernel.relu_norm(layouts[kernel.name][0])
-                assert norm is not None
-                known = levels_of_rows(x, torch.float8_e4m3fn, relu_bound(norm, bias))
-                to_levels = [partial(kernel.relu_levels, known, held, bias, packed.pattern) for held in layouts[kernel.name]]
-                replays[_TO_LEVELS] = Replay(to_levels, pool)
+                # Behind fc1 is a ReLU, and fc2 multiplies what that leaves.
+                if layer == "fc1" and kernel.leaves_levels(layouts[kernel.name][0], m, dtype):
+                    to_levels = [partial(kernel.relu_levels, tokens, held, bias, packed.pattern) for held in layouts[kernel.name]]
+                    replays[_TO_LEVELS] = Replay(to_levels, pool)
             replays |= {f"dense {name}": replay for name, replay in dense[m].items()}
             own = replays[f"kernel {kernel.name}"]
             warm_up(own, 0.01)

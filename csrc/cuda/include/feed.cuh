@@ -18,14 +18,7 @@ struct Reader {
   }
 
   // Every block of the cluster has to know: it fetches a share of the buffer's next content.
-  __device__ __forceinline__ void give_back() const {
-    const u32 lane = threadIdx.x & 31, barrier = smem + BARRIERS_AT + 8 * (X_STAGES + before);
-#if CLUSTER == 1
-    if (lane == 0) barrier_arrive(barrier);
-#else
-    if (lane < CLUSTER) barrier_arrive_in(barrier, lane);
-#endif
-  }
+  __device__ __forceinline__ void give_back() const { warp_arrive_in<CLUSTER>(smem + BARRIERS_AT + 8 * (X_STAGES + before), 0); }
 
   // After the products of step s have been committed: waits for those before it, and gives back the buffer that they were the last to read.
   __device__ __forceinline__ void close(int s) {
@@ -43,7 +36,7 @@ __device__ __forceinline__ void init_buffers(u32 smem) {
   const u32 full = smem + BARRIERS_AT, empty = full + 8 * X_STAGES;
   for (int s = 0; s < X_STAGES; ++s) {
     barrier_init(full + 8 * s, 1);
-    barrier_init(empty + 8 * s, CLUSTER * WARPS_ROW);
+    barrier_init(empty + 8 * s, CLUSTER * WARPS_ROW * WARP_ARRIVALS);
   }
   barrier_init_fence();
 }

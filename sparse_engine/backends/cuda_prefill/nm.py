@@ -47,7 +47,7 @@ class SparseWgmmaForm(WgmmaForm):
         product = tile.tokens / 2 + (85 if tile.m_blocks == 1 and tile.tokens <= 128 else 60)
         step = max(product * (tile.rows // 64), (tile.tokens * 64 / tile.cluster + tile.rows * 36) / 43)
         store = 700.0 if tile.splits == 1 else tile.rows * tile.tokens / 12 * 2.5
-        beside = min(tile.min_blocks, -(-tile.tiles(rows, m) * tile.cluster * max(tile.splits, 1) // here.processors))
+        beside = tile.beside(rows, m, here)
         return tile.clocks(rows, m, here, -(-columns // UNIT) * (UNIT // 32) * step * beside, store * beside + 1500)
 
 

@@ -76,6 +76,10 @@ class PrefillTile:
         """That are resident at a time."""
         return max(here.processors // (self.cluster * max(self.splits, 1)) * self.min_blocks, 1)
 
+    def beside(self, rows: int, m: int, here: Gpu) -> int:
+        """Blocks that a multiprocessor runs at a time."""
+        return min(self.min_blocks, -(-self.tiles(rows, m) * self.cluster * max(self.splits, 1) // here.processors))
+
     def shares(self, rows: int, m: int, here: Gpu) -> bool:
         """Whether clusters share tiles: there are some left behind whole rounds."""
         return self.splits == 0 and self.tiles(rows, m) % self.clusters(here) != 0
@@ -181,10 +185,9 @@ def _function(source: PrefillSource, arch: str, element: torch.dtype, tile: Pref
     return cuda.load(source.file, source.function, arch, source.all_macros(tile, element))
 
 
-def _grid(tile: PrefillTile, rows: int, m: int, processors: int) -> tuple[int, int]:
+def _grid(tile: PrefillTile, rows: int, m: int, here: Gpu) -> tuple[int, int]:
     """Blocks along tiles (whole clusters that stay for several tiles, or one for each tile where splits add up) and splits."""
-    clusters = -(-rows // (tile.rows * tile.cluster)) * -(-m // tile.tokens)
-    resident = max(processors * tile.min_blocks // tile.cluster, 1)
+    clusters, resident = tile.tiles(rows, m), tile.clusters(here)
     if tile.splits == 1:
         clusters = min(clusters, resident)
     if tile.splits == 0:
@@ -249,12 +252,12 @@ def run_prefill(source: PrefillSource, tile: PrefillTile, call: Call, levels: Le
         levels.y_times.data_ptr() if levels is not None and levels.y_times is not None else None,
     )
     function = _function(source, here.arch, x.dtype, tile)
-    blocks = _grid(tile, rows, call.m, here.processors)
+    blocks = _grid(tile, rows, call.m, here)
     if tile.shares(rows, call.m, here):
         room = workspace(blocks[0], tile.rows * tile.tokens, x.device), flags()
         params.workspace, params.flags = (t.data_ptr() for t in room)
         params.sharers = sharers(units, source.join_units)
-    cluster = (tile.cluster, max(tile.splits, 1))
+    cluster = (tile.cluster, blocks[1])
     cuda.launch(function, blocks, tile.threads, source.shared_bytes(tile, depth), params, x.device.index, cluster=cluster, overlap=True)
     return y
 
@@ -268,7 +271,7 @@ def estimated_clocks(tile: PrefillTile, rows: int, columns: int, m: int, here: G
     step = (tile.tokens / 2 + 60 + 55 * tile.tokens / tile.rows) * (tile.rows // 64)
     store = tile.rows * tile.tokens / 12 * (1.0 if tile.splits == 1 else 2.5)
     steps = -(-columns // UNIT) * UNIT * 8 / unit
-    beside = min(tile.min_blocks, -(-tile.tiles(rows, m) * tile.cluster * max(tile.splits, 1) // here.processors))
+    beside = tile.beside(rows, m, here)
     return tile.clocks(rows, m, here, steps * step * beside, store * beside + 1500)
 
 
